@@ -1,0 +1,133 @@
+"""Errors as RFC 9457 problem details; on the OpenAI routes as OpenAI's error body."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from http import HTTPStatus
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import ValidationError
+from sqlalchemy.exc import OperationalError
+from starlette.exceptions import HTTPException
+
+from service.errors import Conflict, Invalid, NotFound, Problem, ServiceError, TooLarge, Unavailable, WrongType
+
+__all__ = [
+    "Conflict",
+    "Invalid",
+    "NotFound",
+    "Problem",
+    "ServiceError",
+    "TooLarge",
+    "Unavailable",
+    "WrongType",
+    "add_problem_handlers",
+    "problems_of",
+]
+
+logger = logging.getLogger(__name__)
+OPENAI_PATHS = ("/v1/models", "/v1/completions", "/v1/chat/")
+RETRY_AFTER_S = 5
+_SHOWN_CHARACTERS = 200
+
+
+def add_problem_handlers(app: FastAPI) -> None:
+    """Answer every error of the application with a problem body and the request's id."""
+    app.add_exception_handler(ServiceError, _service_error)
+    app.add_exception_handler(RequestValidationError, _request_error)
+    app.add_exception_handler(HTTPException, _http_error)
+    app.add_exception_handler(OperationalError, _database_error)
+    app.add_exception_handler(Exception, _unexpected)
+
+
+def problems_of(errors: Sequence[Any], *, prefix: Sequence[str] = ()) -> list[Problem]:
+    """Turn pydantic's errors into problems that name the bad value."""
+    found = []
+    for error in errors:
+        where = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
+        pointer = "".join(f"/{part.replace('~', '~0').replace('/', '~1')}" for part in (*prefix, *where))
+        detail = str(error["msg"]).removeprefix("Value error, ")
+        if isinstance(error.get("input"), str | int | float | bool) and repr(error["input"]) not in detail:
+            detail += f", got {_short(repr(error['input']))}"
+        found.append(Problem(pointer or "/", detail))
+    return found
+
+
+def invalid_from(error: ValidationError, *, prefix: Sequence[str] = ()) -> Invalid:
+    """Turn a pydantic error into the error that the caller sees."""
+    problems = problems_of(error.errors(include_url=False, include_context=False), prefix=prefix)
+    return Invalid(_summary(problems), problems=problems)
+
+
+def _summary(problems: Sequence[Problem]) -> str:
+    more = f" (and {len(problems) - 1} more)" if len(problems) > 1 else ""
+    return f"{problems[0].pointer}: {problems[0].detail}{more}"
+
+
+def _short(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
+
+
+def _answer(
+    request: Request,
+    status: int,
+    code: str,
+    detail: str,
+    problems: Sequence[Problem] = (),
+    headers: Mapping[str, str] | None = None,
+) -> JSONResponse:
+    request_id = str(getattr(request.state, "request_id", ""))
+    sent = {"X-Request-Id": request_id, **(headers or {})}
+    if status == HTTPStatus.SERVICE_UNAVAILABLE:
+        sent.setdefault("Retry-After", str(RETRY_AFTER_S))
+    if request.url.path.startswith(OPENAI_PATHS):
+        kind = "invalid_request_error" if status < 500 else "server_error"
+        body: dict[str, Any] = {"error": {"message": detail, "type": kind, "param": None, "code": code}}
+        return JSONResponse(body, status, sent)
+    body = {
+        "type": "about:blank",
+        "title": HTTPStatus(status).phrase,
+        "status": status,
+        "code": code,
+        "detail": detail,
+        "errors": [{"pointer": problem.pointer, "detail": problem.detail} for problem in problems],
+        "instance": request.url.path,
+        "request_id": request_id,
+    }
+    return JSONResponse(body, status, sent, media_type="application/problem+json")
+
+
+def _service_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, ServiceError)
+    return _answer(request, error.status, error.code, error.detail, error.problems)
+
+
+def _request_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, RequestValidationError)
+    problems = problems_of(error.errors())
+    return _answer(request, 422, "invalid", _summary(problems), problems)
+
+
+def _http_error(request: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, HTTPException)
+    code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
+    detail = f"{request.method} {request.url.path}: {error.detail}"
+    return _answer(request, error.status_code, code, detail, headers=error.headers)
+
+
+def _database_error(request: Request, error: Exception) -> JSONResponse:
+    logger.error("the database does not answer: %s", error)
+    return _answer(request, 503, "database_unavailable", "the database does not answer; try again")
+
+
+def _unexpected(request: Request, error: Exception) -> JSONResponse:
+    logger.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return _answer(request, 500, "internal", f"internal error; the log has it under request {_id(request)}")
+
+
+def _id(request: Request) -> str:
+    return str(getattr(request.state, "request_id", ""))

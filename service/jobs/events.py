@@ -1,0 +1,91 @@
+"""Events of jobs: the control plane's own, and those that workers leave in storage."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from service.adapters.storage import Storage, events_key
+from service.db.tables import Event, utc_now
+
+FINAL_JOB_EVENTS = frozenset({"job.succeeded", "job.failed", "job.cancelled"})
+
+
+@dataclass(frozen=True)
+class WorkerEvent:
+    """One line of an event segment."""
+
+    seq: int
+    time: datetime
+    type: str
+    data: dict[str, Any]
+
+
+def add_event(
+    session: Session,
+    job_id: str,
+    kind: str,
+    data: Mapping[str, Any],
+    *,
+    run_id: str | None = None,
+    attempt: int | None = None,
+    seq: int | None = None,
+    time: datetime | None = None,
+) -> None:
+    """Append an event; its id is greater than that of every earlier event."""
+    session.add(
+        Event(
+            job_id=job_id,
+            run_id=run_id,
+            attempt=attempt,
+            seq=seq,
+            time=time or utc_now(),
+            type=kind,
+            data=dict(data),
+        )
+    )
+    session.flush()  # ids follow the order of the calls
+
+
+def events_after(session: Session, job_id: str, after: int, limit: int) -> Sequence[Event]:
+    """Return the job's next events by id."""
+    wanted = select(Event).where(Event.job_id == job_id, Event.id > after).order_by(Event.id).limit(limit)
+    return session.scalars(wanted).all()
+
+
+def read_worker_events(storage: Storage, run_id: str, attempt: int, last_seq: int) -> list[WorkerEvent]:
+    """Read the events after last_seq in order, up to the first gap.
+
+    A line that cannot be read becomes an event of type event.unreadable under the same number, so that one bad
+    line neither hides nor stops what follows.
+    """
+    found: list[WorkerEvent] = []
+    for name in storage.names(events_key(run_id, attempt)):
+        stem = name.removesuffix(".jsonl")
+        if not stem.isdigit() or int(stem) <= last_seq:
+            continue
+        if int(stem) > last_seq + 1:
+            break
+        lines = storage.read_bytes(f"{events_key(run_id, attempt)}/{name}").splitlines()
+        for line in lines:
+            last_seq += 1
+            found.append(_read_line(line, last_seq))
+    return found
+
+
+def _read_line(line: bytes, seq: int) -> WorkerEvent:
+    try:
+        value = json.loads(line)
+        if value["seq"] != seq:
+            raise ValueError(f"seq is {value['seq']}, expected {seq}")
+        time = datetime.fromisoformat(value["time"]).astimezone(UTC)
+        return WorkerEvent(seq, time, str(value["type"]), dict(value["data"]))
+    except (ValueError, KeyError, TypeError) as error:
+        shown = line[:200].decode(errors="replace")
+        return WorkerEvent(seq, utc_now(), "event.unreadable", {"error": repr(error), "line": shown})

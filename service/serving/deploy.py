@@ -1,0 +1,132 @@
+"""Deploy the Serve application through the Ray dashboard's REST API.
+
+The control plane never joins the Ray cluster: it sends one declarative document and reads the state back.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+from urllib.parse import urlsplit
+
+import httpx
+
+from service.serving.engine import ServingError
+from service.settings import Settings
+
+APPLICATION = "clpeft"
+_ROUTE = "/api/serve/applications/"
+_LOG_LEVEL = "WARNING"
+
+
+def serve_config(settings: Settings) -> dict[str, Any]:
+    """Return the whole Serve document: one HTTP proxy at settings.serve_url and one application.
+
+    CLPEFT_SERVE_THREADS is the number of torch threads per replica (default 1), CLPEFT_SERVE_REPLICAS the number of
+    replicas (default 1), CLPEFT_SERVE_MAX_ADAPTERS the adapters that a replica keeps (default 16).
+
+    Raises ValueError for a Serve address without a host and port, or a setting that is no whole number.
+    """
+    address = urlsplit(settings.serve_url)
+    if address.scheme != "http" or not address.hostname or not address.port:
+        raise ValueError(f"serve_url must look like http://127.0.0.1:8000, got {settings.serve_url!r}")
+    threads = _count("CLPEFT_SERVE_THREADS", 1)
+    return {
+        "proxy_location": "HeadOnly",
+        "http_options": {"host": address.hostname, "port": address.port},
+        "logging_config": {"log_level": _LOG_LEVEL, "enable_access_log": False},
+        "applications": [
+            {
+                "name": APPLICATION,
+                "route_prefix": "/",
+                "import_path": "service.serving.app:build",
+                "args": {
+                    "storage_url": settings.storage_url,
+                    "num_threads": threads,
+                    "num_replicas": _count("CLPEFT_SERVE_REPLICAS", 1),
+                    "max_adapters": _count("CLPEFT_SERVE_MAX_ADAPTERS", 16),
+                },
+                "runtime_env": {
+                    "env_vars": {
+                        "OMP_NUM_THREADS": str(threads),
+                        "OMP_WAIT_POLICY": "PASSIVE",
+                        "HF_HUB_DISABLE_TELEMETRY": "1",
+                        "TOKENIZERS_PARALLELISM": "false",
+                    }
+                },
+            }
+        ],
+    }
+
+
+def deploy(settings: Settings) -> None:
+    """Ask the cluster to run the application; returns before it is ready.
+
+    Repeating it with the same settings changes nothing. Raises ServingError when the dashboard refuses or is away.
+    """
+    _call(settings, "PUT", serve_config(settings))
+
+
+def wait_ready(settings: Settings, timeout_s: float = 120.0) -> float:
+    """Wait until the application answers over HTTP; return the seconds waited.
+
+    Raises ServingError with Serve's own message when the deployment fails or time runs out.
+    """
+    start = time.monotonic()
+    state = "no answer yet"
+    while time.monotonic() - start < timeout_s:
+        state = application_state(settings)
+        if state == "RUNNING" and _answers(settings.serve_url):
+            return time.monotonic() - start
+        time.sleep(0.2)
+    raise ServingError(f"Serve was not ready after {timeout_s:.0f} s; last state: {state}")
+
+
+def application_state(settings: Settings) -> str:
+    """Return Serve's state word, such as DEPLOYING or RUNNING, or NOT_DEPLOYED.
+
+    Raises ServingError with the reason when the deployment failed or the dashboard is away.
+    """
+    application = _call(settings, "GET").get("applications", {}).get(APPLICATION)
+    if application is None:
+        return "NOT_DEPLOYED"
+    if application["status"] == "DEPLOY_FAILED":
+        raise ServingError(f"the Serve application failed to deploy: {application['message']}")
+    return str(application["status"])
+
+
+def undeploy(settings: Settings) -> None:
+    """End the application, the proxy and Serve's controller."""
+    _call(settings, "DELETE")
+
+
+def _call(settings: Settings, method: str, document: dict[str, Any] | None = None) -> dict[str, Any]:
+    if not settings.ray_dashboard_url:
+        raise ServingError("no Ray dashboard address: set CLPEFT_RAY_DASHBOARD_URL, for example http://127.0.0.1:8265")
+    headers = {}
+    if settings.ray_token_path is not None:
+        headers["Authorization"] = f"Bearer {settings.ray_token_path.read_text().strip()}"
+    url = settings.ray_dashboard_url.rstrip("/") + _ROUTE
+    try:
+        response = httpx.request(method, url, headers=headers, json=document, timeout=60.0, trust_env=False)
+    except httpx.HTTPError as error:
+        raise ServingError(f"the Ray dashboard at {settings.ray_dashboard_url} does not answer: {error}") from error
+    if response.status_code != 200:
+        raise ServingError(f"the Ray dashboard answered {response.status_code} to {method} {_ROUTE}: {response.text[:2000]}")
+    found: dict[str, Any] = response.json() if method == "GET" else {}
+    return found
+
+
+def _answers(serve_url: str) -> bool:
+    try:
+        return httpx.get(f"{serve_url.rstrip('/')}/status", timeout=5.0, trust_env=False).status_code == 200
+    except httpx.HTTPError:
+        return False
+
+
+def _count(variable: str, default: int) -> int:
+    text = os.environ.get(variable, str(default))
+    if not text.isdecimal() or int(text) < 1:
+        raise ValueError(f"{variable} must be a whole number from 1, got {text!r}")
+    return int(text)

@@ -1,0 +1,48 @@
+"""Settings of the service, from the environment (prefix CLPEFT_) with defaults for one machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, model_validator
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+
+class Settings(BaseSettings):
+    """Where things are and how large they may grow. Paths default to folders under home."""
+
+    model_config = SettingsConfigDict(env_prefix="CLPEFT_", frozen=True)
+
+    home: Path = Field(default_factory=lambda: Path.home() / ".clpeft")
+    host: str = "127.0.0.1"
+    port: int = Field(8321, ge=0, le=65535)
+    database_url: str = ""
+    """SQLAlchemy URL; empty means SQLite under home."""
+    storage_url: str = ""
+    """fsspec URL; empty means a folder under home."""
+    models_dir: Path = Path()
+    """Folder of prepared base models, one folder each; empty means home/models."""
+    ray_dashboard_url: str = ""
+    """Jobs API of the Ray cluster, for example http://127.0.0.1:8265."""
+    serve_url: str = ""
+    """HTTP address of the Ray Serve proxy, for example http://127.0.0.1:8000."""
+    ray_token_path: Path | None = None
+    """File (0600) with the Ray cluster's token; None when the cluster asks for none."""
+    max_upload_bytes: int = Field(1024 * 2**20, ge=1)
+    max_row_bytes: int = Field(2**20, ge=1)
+    max_concurrent_runs: int = Field(1, ge=1)
+    max_attempts: int = Field(5, ge=1)
+    """Attempts without a newly committed task before a run fails."""
+    poll_interval_s: float = Field(1.0, gt=0)
+
+    @model_validator(mode="after")
+    def _fill_defaults(self) -> Settings:
+        fill = object.__setattr__  # frozen: the only place that writes
+        fill(self, "home", self.home.expanduser().absolute())
+        if not self.database_url:
+            fill(self, "database_url", f"sqlite:///{self.home / 'clpeft.db'}")
+        if not self.storage_url:
+            fill(self, "storage_url", f"file://{self.home / 'storage'}")
+        if self.models_dir == Path():
+            fill(self, "models_dir", self.home / "models")
+        return self

@@ -1,0 +1,202 @@
+"""What travels over the wire and through storage: job specifications and run plans.
+
+A user writes a JobSpec. The planner resolves it into a RunPlan, which is stored beside the run and is all that a
+worker reads. Strategy parameters stay plain here: their names, ranges and defaults live beside each strategy in clcore.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+
+NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
+Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
+DatasetId = Annotated[str, StringConstraints(pattern=r"^ds_[0-9a-z]{1,40}$")]
+
+
+class Spec(BaseModel):
+    """Base of all wire types: unknown fields are errors, values are not changed after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BaseModelSpec(Spec):
+    """The frozen language model that the adapter belongs to."""
+
+    id: str = Field(min_length=1, max_length=200)
+    revision: str | None = None
+
+
+class LoraSpec(Spec):
+    """Low-rank adapters (Hu et al. 2021): W x + alpha/r * B A x."""
+
+    type: Literal["lora"] = "lora"
+    r: int = Field(8, ge=1, le=1024)
+    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False)
+    lora_dropout: float = Field(0.0, ge=0, lt=1)
+    target_modules: tuple[str, ...] | None = None
+    """Module name endings; None takes PEFT's choice for the architecture."""
+
+
+class StrategySpec(BaseModel):
+    """A strategy by its registry name; every other field is a parameter of that strategy."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    type: str
+
+    @property
+    def params(self) -> dict[str, Any]:
+        """The parameters as given, without the type."""
+        return dict(self.model_extra or {})
+
+
+class TrainingSpec(Spec):
+    """How each task is trained. A task may override single fields."""
+
+    backend: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
+    num_workers: int = Field(1, ge=1, le=1024)
+    precision: Literal["fp32", "bf16"] = "fp32"
+    learning_rate: float = Field(5e-4, gt=0, le=10, allow_inf_nan=False)
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
+    batch_size: int = Field(8, ge=1, le=65536)
+    """Rows of new data per optimizer step over all workers."""
+    micro_batch_size: int = Field(8, ge=1, le=4096)
+    """Rows per forward pass on one worker."""
+    max_length: int = Field(512, ge=8, le=1_000_000)
+    """Tokens per row; longer prompts lose their middle, completions are never cut."""
+    seed: int = Field(0, ge=0, lt=2**31)
+    checkpoint_every_steps: int = Field(0, ge=0)
+    """Steps between checkpoints inside a task; 0 saves at task ends only."""
+
+
+class TaskSpec(Spec):
+    """One task of the sequence."""
+
+    name: Name
+    dataset: DatasetId
+    eval_dataset: DatasetId | None = None
+    """Rows to score; None scores the training rows' data set, which flatters."""
+    epochs: float | None = Field(None, gt=0, le=1000, allow_inf_nan=False)
+    steps: int | None = Field(None, gt=0, le=10_000_000)
+    overrides: dict[str, Any] = Field(default_factory=dict)
+    """Fields of TrainingSpec that differ for this task: learning_rate, schedule, warmup_steps and the like."""
+
+    @field_validator("dataset", "eval_dataset", mode="before")
+    @classmethod
+    def _no_path_or_url(cls, value: Any) -> Any:
+        if isinstance(value, str) and ("/" in value or "\\" in value or "." in value):
+            raise ValueError(
+                f"{value!r} looks like a path or URL; upload the rows to POST /v1/datasets and give the id (ds_...)"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TaskSpec:
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError("give epochs or steps, not both")
+        return self
+
+
+class EvaluationSpec(Spec):
+    """How tasks are scored after each task."""
+
+    metric: Literal["exact_match"] = "exact_match"
+    max_rows: int | None = Field(None, ge=1)
+    """Score the first rows only; None scores all."""
+    batch_size: int = Field(16, ge=1, le=4096)
+    max_new_tokens: int | None = Field(None, ge=1, le=4096)
+    """None takes the longest reference answer plus its end token."""
+
+
+class PromotionSpec(Spec):
+    """Which alias moves to a version when it is committed."""
+
+    alias: Name = "live"
+
+
+class JobSpec(Spec):
+    """A sequence of tasks for one adapter."""
+
+    name: Name
+    adapter: Name | None = None
+    """Name of the adapter; None takes the job's name."""
+    base_model: BaseModelSpec
+    peft: LoraSpec = LoraSpec()
+    strategy: tuple[StrategySpec, ...] = (StrategySpec(type="none"),)
+    tasks: tuple[TaskSpec, ...] = Field(min_length=1, max_length=1000)
+    training: TrainingSpec = TrainingSpec()
+    evaluation: EvaluationSpec = EvaluationSpec()
+    promotion: PromotionSpec = PromotionSpec()
+    labels: dict[str, str] = Field(default_factory=dict, max_length=64)
+
+    @field_validator("strategy", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, dict) else value
+
+    @field_validator("tasks")
+    @classmethod
+    def _names_differ(cls, tasks: tuple[TaskSpec, ...]) -> tuple[TaskSpec, ...]:
+        names = [task.name for task in tasks]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"duplicate task name: {', '.join(twice)}")
+        return tasks
+
+
+# ----------------------------------------------------------------------------------------------- resolved, for workers
+
+
+class PlannedDataset(Spec):
+    """A data set as a worker finds it: storage path, size and checksum."""
+
+    id: str
+    path: str
+    """Relative to the storage root; JSON lines."""
+    sha256: str
+    num_rows: int
+
+
+class PlannedTask(Spec):
+    """One task with nothing left to decide."""
+
+    index: int
+    """Position in the job, counted from 0 over all runs."""
+    name: str
+    dataset: PlannedDataset
+    eval_dataset: PlannedDataset
+    steps: int
+    training: TrainingSpec
+
+
+class ParentVersion(Spec):
+    """The committed version that a run continues from."""
+
+    version: int
+    task_dir: str
+    """Relative to the storage root; holds manifest.json."""
+
+
+class RunPlan(Spec):
+    """Everything that one run does, resolved; stored as runs/<run>/plan.json."""
+
+    schema_version: Literal[1] = 1
+    run_id: str
+    job_id: str
+    adapter: str
+    base_model: BaseModelSpec
+    base_model_path: str
+    """A local folder, or a hub id with base_model.revision."""
+    peft: LoraSpec
+    strategy: tuple[StrategySpec, ...]
+    tasks: tuple[PlannedTask, ...]
+    """The tasks that this run trains, in order."""
+    earlier_tasks: tuple[PlannedTask, ...] = ()
+    """Tasks of the job that earlier runs committed: evaluated again, never trained again."""
+    training: TrainingSpec
+    evaluation: EvaluationSpec
+    parent: ParentVersion | None = None
