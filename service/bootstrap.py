@@ -12,7 +12,7 @@ from service.settings import Settings
 
 
 def build_app(settings: Settings) -> FastAPI:
-    """Make the control plane with its database, storage and Ray Jobs API; the app runs the reconciler itself."""
+    """Make the control plane with its database, storage and Ray Jobs API; it runs the reconciler itself."""
     if settings.ray_token_path is not None:  # before anything imports ray
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN_PATH"] = str(settings.ray_token_path)

@@ -1,4 +1,4 @@
-"""The whole service on this machine: a Ray head, the Serve application and the API, each a process of its own.
+"""The whole service on this machine: a Ray head, the Serve application and the API, processes of their own.
 
     up(settings)      start what does not run yet; a Ray that runs without its API is adopted
     down(home)        end exactly what up started
@@ -93,8 +93,8 @@ def read_state(home: Path) -> EmbeddedState | None:
 def up(settings: Settings, *, progress: Progress = lambda _: None) -> EmbeddedState:
     """Start the service, or what is missing of it, and wait until every part answers.
 
-    Port 0 takes a free port. Raises EmbeddedError with the end of the failing part's log; what this call started
-    is ended again then.
+    Port 0 takes a free port. Raises EmbeddedError with the end of the failing part's log; what this call
+    started is ended again then.
     """
     home = settings.home
     with _lock(home):
@@ -167,7 +167,7 @@ def settings_environment(settings: Settings) -> dict[str, str]:
     return {f"CLPEFT_{name.upper()}": str(value) for name, value in values.items()}
 
 
-# --------------------------------------------------------------------------------------------------------------- parts
+# ------------------------------------------------------------------------------------------------------ parts
 
 
 def _launch_api(settings: Settings, state: EmbeddedState) -> EmbeddedState:
@@ -229,7 +229,7 @@ def _end(state: EmbeddedState) -> list[psutil.Process]:
     return survivors
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 def _state_path(home: Path) -> Path:
@@ -249,7 +249,7 @@ def _write_state(state: EmbeddedState) -> None:
 
 @contextlib.contextmanager
 def _lock(home: Path) -> Iterator[None]:
-    """Let one process at a time start or end the service of a home folder. Raises EmbeddedError when another does."""
+    """Let one process at a time start or end the service of a home. Raises EmbeddedError for the second."""
     (home / "run").mkdir(parents=True, exist_ok=True)
     with (home / "run" / "lock").open("w") as file:
         try:

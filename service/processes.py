@@ -21,7 +21,7 @@ MARKER = "CLPEFT_EMBEDDED_ID"
 
 
 class ProcessRef(BaseModel):
-    """A process that cannot be mistaken for another: pids are reused, pairs of pid and creation time are not."""
+    """A process that cannot be mistaken for another: a pid is reused, a pid with its creation time is not."""
 
     model_config = ConfigDict(frozen=True)
     pid: int
@@ -38,7 +38,7 @@ class ProcessRef(BaseModel):
 
 
 def spawn(command: Sequence[str], variables: Mapping[str, str], log_path: Path) -> ProcessRef:
-    """Start a program in a session of its own that outlives this process; its output goes to a new log file."""
+    """Start a program in a session of its own that outlives this process; its output goes to a log file."""
     log_path.parent.mkdir(parents=True, exist_ok=True)
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     pid = os.posix_spawn(
@@ -63,9 +63,9 @@ def refer_to(pid: int) -> ProcessRef:
 def family(roots: Iterable[ProcessRef], marker: str) -> list[psutil.Process]:
     """Find all processes of one embedded service, orphans included.
 
-    Takes the roots, members of their sessions, whoever inherited MARKER=marker, and the descendants of all these.
-    One sign is not enough: Ray renames its workers, which can hide their environment, and starts drivers in sessions
-    of their own.
+    Takes the roots, members of their sessions, whoever inherited MARKER=marker, and the descendants of all
+    these. One sign is not enough: Ray renames its workers, which can hide their environment, and starts
+    drivers in sessions of their own.
     """
     wanted = f"{MARKER}={marker}".encode()
     alive = {root.pid: found for root in roots if (found := root.process())}
@@ -88,7 +88,7 @@ def family(roots: Iterable[ProcessRef], marker: str) -> list[psutil.Process]:
 
 
 def end_family(roots: Iterable[ProcessRef], marker: str, *, grace_s: float = 8.0) -> list[psutil.Process]:
-    """End a service: SIGTERM to its roots, SIGKILL to whatever is left after the grace; return what survived that."""
+    """End a service: SIGTERM to its roots, SIGKILL to what is left after the grace; return what survived."""
     roots = list(roots)
     members = family(roots, marker)
     for root in roots:
@@ -99,7 +99,7 @@ def end_family(roots: Iterable[ProcessRef], marker: str, *, grace_s: float = 8.0
     deadline = time.monotonic() + grace_s
     while True:
         _reap(roots)
-        # members known from before count too: once the roots are gone, a renamed orphan is only known by its pid
+        # members known from before count too: once the roots are gone, only its pid tells a renamed orphan
         members = [p for p in {*members, *family(roots, marker)} if _runs(p)]
         if not members or time.monotonic() > deadline:
             return members
@@ -147,7 +147,7 @@ def port_is_free(host: str, port: int) -> bool:
 
 
 class MemoryWatch:
-    """Sample the summed proportional memory (PSS) of this process and a service, and keep the peak in bytes."""
+    """Sample the summed proportional memory (PSS) of this process and a service; keep the peak in bytes."""
 
     def __init__(self, *, every_s: float = 2.0) -> None:
         self.peak_bytes = 0

@@ -1,8 +1,8 @@
 """A Ray head of our own on this machine: started beside others without a clash, ended without a trace.
 
-`ray start --head --block` in its own session, every port chosen, 127.0.0.1 only, token authentication with a token file
-that only the owner reads. It outlives the process that started it; RayHead holds what is needed to find and end it.
-Never `ray stop`: that ends every Ray of the machine.
+`ray start --head --block` in its own session, every port chosen, 127.0.0.1 only, token authentication with
+a token file that only the owner reads. It outlives the process that started it; RayHead holds what is
+needed to find and end it. Never `ray stop`: that ends every Ray of the machine.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def launch_ray(
 
 
 def wait_ray(head: RayHead, *, timeout_s: float = 90.0) -> None:
-    """Wait until the Jobs API and the agent that runs jobs both answer. Raises RayStartError with the log's end."""
+    """Wait until the Jobs API and the agent that runs jobs both answer. Raises RayStartError with the log."""
     deadline = time.monotonic() + timeout_s
     headers = {"Authorization": f"Bearer {head.token_path.read_text(encoding='utf-8').strip()}"}
     pending = [f"{head.dashboard_url}/api/jobs/", f"{head.agent_url}/api/local_raylet_healthz"]
@@ -144,7 +144,7 @@ def wait_ray(head: RayHead, *, timeout_s: float = 90.0) -> None:
 
 
 def stop_ray(head: RayHead) -> list[psutil.Process]:
-    """End the head, its workers and its jobs, and remove its files; return the processes that could not be ended."""
+    """End the head, its workers and its jobs, and remove its files; return the processes that survived."""
     survivors = end_family([head.root], head.marker)
     shutil.rmtree(head.temp_dir, ignore_errors=True)
     head.token_path.unlink(missing_ok=True)

@@ -200,3 +200,8 @@ class RunPlan(Spec):
     training: TrainingSpec
     evaluation: EvaluationSpec
     parent: ParentVersion | None = None
+
+    @property
+    def generation(self) -> str:
+        """Names the adapter that strategy state belongs to; merging and starting afresh would make a new one."""
+        return f"{self.job_id}/0"

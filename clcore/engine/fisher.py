@@ -1,7 +1,8 @@
 """The diagonal Fisher information of trainable parameters: squares of per-sample gradients, from one backward pass.
 
-The gradient of one row with respect to a Linear weight is the sum over tokens of (output gradient) x (input). Both
-factors of all rows are there after a single backward pass of the summed loss, so nothing runs row by row.
+The gradient of one row with respect to a Linear weight is the sum over tokens of (output gradient) x (input).
+Both factors of all rows are there after a single backward pass of the summed loss, so nothing runs row by
+row.
 Legend: B rows, L tokens, I in, O out.
 """
 
@@ -24,12 +25,14 @@ def squared_gradients(
 ) -> tuple[dict[str, Tensor], int]:
     """Sum the squared per-row gradients of the log-likelihood over all rows of the batches.
 
-    Returns name -> float32 sum of the parameter's shape, in nats^2 per squared parameter unit, and the number of rows;
-    the empirical Fisher is sum / rows. A row is one observation: its gradient sums over its label tokens and is squared
-    after that. Runs in eval mode (no dropout) and leaves modes and gradients as they were. Local to this process.
+    Returns name -> float32 sum of the parameter's shape, in nats^2 per squared parameter unit, and the number
+    of rows; the empirical Fisher is sum / rows. A row is one observation: its gradient sums over its label
+    tokens and is squared after that. Runs in eval mode (no dropout) and leaves modes and gradients as they
+    were. Local to this process.
     Cost: one forward and backward per batch; memory: one gradient per row of a batch.
 
-    Raises FisherError for a parameter outside Linear and Conv1D, or when every LoRA B is 0 (A's Fisher is then 0).
+    Raises FisherError for a parameter outside Linear and Conv1D, or when every LoRA B is 0 (A's Fisher is
+    then 0).
     Source: Kirkpatrick et al. 2017; labels from the data (empirical), see van de Ven 2025 (arXiv 2502.11756).
     """
     _refuse_untrained_lora(params)
@@ -41,7 +44,8 @@ def squared_gradients(
         for batch in batches:
             per_row.clear()
             nll, _ = completion_nll(inner, batch)
-            # The gradients themselves are not wanted: autograd.grad leaves every .grad alone and runs the hooks.
+            # The gradients themselves are not wanted: autograd.grad leaves every .grad alone and runs the
+            # hooks.
             torch.autograd.grad(nll.sum(), parameters, allow_unused=True)
             for name, gradient_B in per_row.items():
                 total[name] += gradient_B.float().square().sum(0)

@@ -1,8 +1,8 @@
 """fit_task: the training loop, the only one.
 
-One step is one global batch. Its rows depend on (seed, task, step) alone; ranks and micro-batches only split them, and
-the loss is the summed negative log-likelihood over the label tokens of the whole step. So the result does not depend
-on the number of workers or on the micro-batch size beyond float rounding.
+One step is one global batch. Its rows depend on (seed, task, step) alone; ranks and micro-batches only split
+them, and the loss is the summed negative log-likelihood over the label tokens of the whole step. So the
+result does not depend on the number of workers or on the micro-batch size beyond float rounding.
 """
 
 from __future__ import annotations
@@ -111,9 +111,10 @@ def fit_task(
 ) -> FitResult:
     """Train one task on every process of the group and commit what the strategy learnt about it to memory.
 
-    Starts a fresh optimizer. resume is a state that on_checkpoint received: training goes on as if never interrupted.
-    should_stop is asked on rank 0 before each step; when it says yes, on_checkpoint gets a state and training ends
-    without after_training. Reseeds torch's generator before every step, so that dropout is reproducible.
+    Starts a fresh optimizer. resume is a state that on_checkpoint received: training goes on as if never
+    interrupted. should_stop is asked on rank 0 before each step; when it says yes, on_checkpoint gets a state
+    and training ends without after_training. Reseeds torch's generator before every step, so that dropout is
+    reproducible.
 
     Raises DataError for an empty data set, TrainingDivergedError when the loss is no longer finite.
     """

@@ -15,8 +15,9 @@ from clcore.engine.tasks import IGNORE
 def completion_nll(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
     """Return the summed negative log-likelihood and the number of labels of each row, both of shape (B,), in nats.
 
-    The head sees only the hidden states that predict a label, so memory and time of the logits go with the number of
-    labels, not with the batch's length. Whatever the model does to its logits afterwards still happens.
+    The head sees only the hidden states that predict a label, so memory and time of the logits go with the
+    number of labels, not with the batch's length. Whatever the model does to its logits afterwards still
+    happens.
     """
     targets = batch["labels"][:, 1:]
     row, position = torch.where(targets != IGNORE)

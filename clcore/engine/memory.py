@@ -1,10 +1,12 @@
 """Memory: what a strategy knows about earlier tasks, as numbered versions.
 
-A MemoryStore holds, per version, one state per strategy (arrays, numbers, strings, lists, dicts) and the rows that the
-state refers to by reference ("<data set>:<row>"). A task reads the version it started from and writes one new version
-at its end; a repeated write with the same op_id returns the same version. The last two versions stay readable.
+A MemoryStore holds, per version, one state per strategy (arrays, numbers, strings, lists, dicts) and the rows
+that the state refers to by reference ("<data set>:<row>"). A task reads the version it started from and
+writes one new version at its end; a repeated write with the same op_id returns the same version. The last two
+versions stay readable.
 
-MemorySession is one task's view: strategies read and stage, and the loop commits everything at once from rank 0.
+MemorySession is one task's view: strategies read and stage, and the loop commits everything at once from rank
+0.
 """
 
 from __future__ import annotations
@@ -41,8 +43,9 @@ class MemoryStore(Protocol):
     ) -> int:
         """Write all states at once and return the new version, persisted.
 
-        rows: state key -> reference -> row, everything that the state refers to. A store that can load rows by
-        reference may ignore the rows themselves. Raises StaleVersionError unless base_version is the newest.
+        rows: state key -> reference -> row, everything that the state refers to. A store that can load rows
+        by reference may ignore the rows themselves. Raises StaleVersionError unless base_version is the
+        newest.
         """
         ...
 
@@ -123,13 +126,16 @@ class InProcessMemory:
         return save_state(folder, "memory", state, generation=self._generation)
 
     def restore(self, folder: Path) -> int:
-        """Load a snapshot as the only version and return its number. Raises StateError if it does not fit."""
+        """Load a snapshot as the newest version and return its number. Raises StateError if it does not fit."""
         state = load_state(folder, "memory", generation=self._generation)
         version = int(state["version"])
         refs = {key: tuple(of_key) for key, of_key in state["refs"].items()}
-        self._rows = {ref: self._load(ref) for of_key in refs.values() for ref in of_key}
-        self._versions = {version: _Version(state["states"], refs)}
+        for ref in {ref for of_key in refs.values() for ref in of_key} - set(self._rows):
+            self._rows[ref] = self._load(ref)
+        kept = {number: v for number, v in self._versions.items() if 0 < number < version}
+        self._versions = {**kept, version: _Version(as_arrays(state["states"]), refs)}
         self._operations = {op: int(v) for op, v in state["operations"].items()}
+        self._forget_old()
         return version
 
     def replace_row(self, ref: str, row: Row) -> None:

@@ -1,7 +1,7 @@
 """Params: the trainable parameters by name, as local tensors, whatever the backend.
 
-Strategies see plain tensors only. Today a parameter is a plain tensor on every backend that runs (one process, DDP);
-sharded backends will hand out their local shards here.
+Strategies see plain tensors only. Today a parameter is a plain tensor on every backend that runs (one
+process, DDP); sharded backends will hand out their local shards here.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Saving state: nested dicts of arrays, numbers and strings, as safetensors plus JSON. Never a pickle.
 
-<name>.json holds the structure with {"$tensor": key} where an array stands, <name>.safetensors the arrays. The JSON
-also holds the schema version, the generation of the adapter that the state belongs to and the sha256 of the arrays:
-state of another adapter, or of one that was merged and started afresh, is refused.
+<name>.json holds the structure with {"$tensor": key} where an array stands, <name>.safetensors the arrays.
+The JSON also holds the schema version, the generation of the adapter that the state belongs to and the sha256
+of the arrays: state of another adapter, or of one that was merged and started afresh, is refused.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
     from clcore.engine.tasks import Example
 
-# Order of modify_gradients: what reads the gradient, then what adds to it, then what projects it. A penalty that is
-# added before Synaptic Intelligence reads the gradient corrupts its importance.
+# Order of modify_gradients: what reads the gradient, then what adds to it, then what projects it. A penalty
+# that is added before Synaptic Intelligence reads the gradient corrupts its importance.
 OBSERVES, ADDS, PROJECTS = 0, 1, 2
 
 
@@ -56,7 +56,7 @@ class Strategy:
         self.is_bound = False
         self.is_attached = False
 
-    # ------------------------------------------------------------------------------------------- called by the loop
+    # ------------------------------------------------------------------------------------- called by the loop
 
     def prepare_model(self, model: nn.Module, task_id: str, memory: MemorySession) -> nn.Module:  # noqa: ARG002
         """Add, freeze or activate adapters before the model is wrapped and the optimizer is built."""
@@ -107,7 +107,7 @@ class Strategy:
         if state:
             raise StateError(f"strategy {self.name!r} keeps no state between steps, got {sorted(state)}")
 
-    # ------------------------------------------------------------------------------ alone, in someone else's loop
+    # -------------------------------------------------------------------------- alone, in someone else's loop
 
     def attach(self, optimizer: Optimizer) -> Strategy:
         """Run the gradient and update hooks around optimizer.step(), for use in a loop of your own.

@@ -1,7 +1,7 @@
 """From rows of text to tokens: prompt/completion and chat messages.
 
-A row is {"prompt": str, "completion": str} or {"messages": [{"role": str, "content": str}, ...]}, whose last message is
-the assistant's. Labels cover the completion and the end token only. Shapes: B rows, L tokens.
+A row is {"prompt": str, "completion": str} or {"messages": [{"role": str, "content": str}, ...]}, whose last
+message is the assistant's. Labels cover the completion and the end token only. Shapes: B rows, L tokens.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ def row_format(row: Mapping[str, Any]) -> DataFormat:
 def encode_row(row: Mapping[str, Any], tokenizer: Tokenizer, max_length: int, ref: str = "") -> Example:
     """Turn a row into tokens of at most max_length.
 
-    A long prompt loses tokens from its middle; messages lose their oldest turns after the system turn first; the
-    completion is never cut. Raises DataError when the completion alone is longer than max_length.
+    A long prompt loses tokens from its middle; messages lose their oldest turns after the system turn first;
+    the completion is never cut. Raises DataError when the completion alone is longer than max_length.
     """
     prompt, completion = prompt_and_completion(row, tokenizer, max_length)
     ids = torch.tensor(prompt + completion, dtype=torch.long)
@@ -138,8 +138,8 @@ def _without_oldest_turn(messages: list[Mapping[str, str]]) -> list[Mapping[str,
 def iter_examples(dataset: Iterable[Any], prefix: str = "") -> Iterator[Example]:
     """Yield examples from what users train on: items with input_ids and optional labels and attention_mask.
 
-    An item may hold one row, shape (L,), or a batch, (B, L); lists and tensors are accepted. Without labels every
-    token that is not padding carries loss. Raises DataError for anything else.
+    An item may hold one row, shape (L,), or a batch, (B, L); lists and tensors are accepted. Without labels
+    every token that is not padding carries loss. Raises DataError for anything else.
     """
     count = 0
     for item in dataset:

@@ -1,7 +1,8 @@
 """What was learnt and what was forgotten, from the accuracy matrix.
 
-a[i][j] is the score on task j after training task i, T tasks, b[j] the untrained model's score; scores are in 0..1 and
-averages are macro (every task counts the same). Signs: forgetting > 0 means worse, BWT < 0 means worse.
+a[i][j] is the score on task j after training task i, T tasks, b[j] the untrained model's score; scores are in
+0..1 and averages are macro (every task counts the same). Signs: forgetting > 0 means worse, BWT < 0 means
+worse.
 """
 
 from __future__ import annotations

@@ -37,9 +37,9 @@ def exact_match_answers(
 ) -> list[Answer]:
     """Answer rows greedily and compare with their references, white space at the ends aside.
 
-    rows: (row number, row). Batches hold rows of similar length, padded on the left. max_new_tokens None takes the
-    longest reference with its end token: a longer answer cannot match. with_adapter False scores the base model under
-    the adapter. Returns answers in the order of rows.
+    rows: (row number, row). Batches hold rows of similar length, padded on the left. max_new_tokens None
+    takes the longest reference with its end token: a longer answer cannot match. with_adapter False scores
+    the base model under the adapter. Returns answers in the order of rows.
     """
     if batch_size < 1:
         raise ConfigError(f"batch_size must be at least 1, got {batch_size}")

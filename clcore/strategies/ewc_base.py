@@ -2,9 +2,10 @@
 
     penalty = lambda/2 * sum_k sum_i F_k,i (theta_i - theta*_k,i)^2          over earlier tasks k
 
-F_k is the exact empirical diagonal Fisher at the end of task k (per-row gradients, see engine/fisher.py). All tasks
-collapse without loss into one importance F = sum F_k, one anchor = sum F_k theta*_k / F and one constant, so cost and
-memory do not grow with the number of tasks. lambda here is twice Avalanche's and mammoth's, which leave out the 1/2.
+F_k is the exact empirical diagonal Fisher at the end of task k (per-row gradients, see engine/fisher.py). All
+tasks collapse without loss into one importance F = sum F_k, one anchor = sum F_k theta*_k / F and one
+constant, so cost and memory do not grow with the number of tasks. lambda here is twice Avalanche's and
+mammoth's, which leave out the 1/2.
 """
 
 from __future__ import annotations
@@ -77,8 +78,9 @@ class Consolidated:
 class BaseEWC(Strategy):
     """EWC in the space of the adapter's factors.
 
-    Alone: before_training, then train with modify_loss on the loss (or attach(optimizer), which adds the same penalty
-    to the gradients instead), then after_training with the task's data set. In fit_task the penalty is a gradient.
+    Alone: before_training, then train with modify_loss on the loss (or attach(optimizer), which adds the same
+    penalty to the gradients instead), then after_training with the task's data set. In fit_task the penalty
+    is a gradient.
     """
 
     name = "ewc"
@@ -103,7 +105,7 @@ class BaseEWC(Strategy):
         self._first_scores: dict[str, float] = {}
         self._metrics: dict[str, float] = {}
 
-    # ------------------------------------------------------------------------------------------------------- hooks
+    # -------------------------------------------------------------------------------------------------- hooks
 
     def bind(self, model: nn.Module, params: Params, memory: MemorySession) -> None:
         super().bind(model, params, memory)
@@ -169,15 +171,16 @@ class BaseEWC(Strategy):
     def metrics(self) -> Mapping[str, float]:
         return dict(self._metrics)
 
-    # --------------------------------------------------------------------------------------------------- inspection
+    # --------------------------------------------------------------------------------------------- inspection
 
     def compute_forgetting(
         self, task_id: str, eval_dataset: Any, eval_fn: Callable[[nn.Module, Any], float] | None = None
     ) -> dict[str, float]:
         """Compare a task's score with the first time this was called for it.
 
-        Call once right after the task is trained and again later. eval_fn(model, data set) -> score, higher is better;
-        the default is minus the mean negative log-likelihood per label token. forgetting = first - now.
+        Call once right after the task is trained and again later. eval_fn(model, data set) -> score, higher
+        is better; the default is minus the mean negative log-likelihood per label token. forgetting = first -
+        now.
         """
         now = float(eval_fn(self.model, eval_dataset) if eval_fn else -_mean_nll(self.model, eval_dataset))
         first = self._first_scores.setdefault(task_id, now)
@@ -190,7 +193,7 @@ class BaseEWC(Strategy):
         means = {name: float(f.mean()) for name, f in self.consolidated.importance.items()}
         return dict(sorted(means.items(), key=lambda item: -item[1])[:top_k])
 
-    # --------------------------------------------------------------------------------------------------------- inner
+    # -------------------------------------------------------------------------------------------------- inner
 
     def _fisher(self, task_id: str, examples: Sequence[Example]) -> tuple[dict[str, Tensor], int]:
         """Average squared per-row gradients over sampled rows of all ranks."""

@@ -54,8 +54,9 @@ class ReplayStrategy(Strategy):
     """Mix stored rows into training; subclasses say which rows are stored and which are drawn.
 
     In fit_task, mix_batch adds rows to the global batch of every replay_frequency-th step until they make up
-    replay_ratio of its tokens; what rounding leaves over is carried to the next step. Alone, before_training returns
-    a MixedDataset with the same share over the whole task, or call get_replay_batch in a loop of your own.
+    replay_ratio of its tokens; what rounding leaves over is carried to the next step. Alone, before_training
+    returns a MixedDataset with the same share over the whole task, or call get_replay_batch in a loop of your
+    own.
     """
 
     def __init__(self, model: nn.Module, replay_ratio: float = 0.3, replay_frequency: int = 10) -> None:
@@ -66,7 +67,7 @@ class ReplayStrategy(Strategy):
         self._owed_tokens = 0.0
         self._batches_drawn = 0
 
-    # ------------------------------------------------------------------------------------------ for subclasses to fill
+    # --------------------------------------------------------------------------------- for subclasses to fill
 
     def load_stored(self) -> list[Example]:
         """Return the stored examples that this task may replay, in a fixed order."""
@@ -77,7 +78,7 @@ class ReplayStrategy(Strategy):
         while self.stored:
             yield from map(int, rng.permutation(len(self.stored)))
 
-    # ----------------------------------------------------------------------------------------------------------- hooks
+    # -------------------------------------------------------------------------------------------------- hooks
 
     def bind(self, model: nn.Module, params: Params, memory: MemorySession) -> None:
         super().bind(model, params, memory)
@@ -125,7 +126,7 @@ class ReplayStrategy(Strategy):
         self._owed_tokens = float(state.get("owed_tokens", 0.0))
         self._batches_drawn = int(state.get("batches_drawn", 0))
 
-    # ----------------------------------------------------------------------------------------------------------- inner
+    # -------------------------------------------------------------------------------------------------- inner
 
     def _rng(self, *parts: object) -> np.random.Generator:
         return np.random.default_rng(derive_seed(self.memory.seed, self._task_id, self.name, *parts))

@@ -1,8 +1,8 @@
 """Experience replay: a uniform sample of all earlier rows (reservoir), replayed beside the new ones.
 
-Each row gets a random key from (seed, reference), and the buffer keeps the rows with the smallest keys. That is a
-uniform sample without replacement at every moment, as Vitter's algorithm R gives it, but it depends neither on the
-order of the rows nor on ranks, and offering a row twice changes nothing.
+Each row gets a random key from (seed, reference), and the buffer keeps the rows with the smallest keys. That
+is a uniform sample without replacement at every moment, as Vitter's algorithm R gives it, but it depends
+neither on the order of the rows nor on ranks, and offering a row twice changes nothing.
 """
 
 from __future__ import annotations

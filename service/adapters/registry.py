@@ -54,7 +54,7 @@ class ResolvedAdapter:
     data_format: str
 
 
-# ------------------------------------------------------------------------------------------------------------ lookup
+# ----------------------------------------------------------------------------------------------------- lookup
 
 
 def get_adapter(session: Session, name: str) -> Adapter:
@@ -133,13 +133,13 @@ def set_alias(session: Session, name: str, alias: str, version: int) -> Alias:
     return row
 
 
-# ------------------------------------------------------------------------------------------------------------ commit
+# ----------------------------------------------------------------------------------------------------- commit
 
 
 def read_manifest(storage: Storage, task_dir: str) -> StoredManifest | None:
-    """Read a task folder's manifest and check every file's size and sha256; None when there is no manifest yet.
+    """Read a task folder's manifest and check every file's size and sha256.
 
-    Raises ManifestError.
+    None when there is no manifest yet. Raises ManifestError.
     """
     try:
         raw = storage.read_bytes(f"{task_dir}/{MANIFEST_NAME}")
@@ -204,7 +204,9 @@ def commit(session: Session, job: Job, task: Task, stored: StoredManifest, *, al
 
 def latest_version(session: Session, job_id: str) -> AdapterVersion | None:
     """Return the job's newest version; None before its first commit."""
-    wanted = select(AdapterVersion).where(AdapterVersion.job_id == job_id).order_by(AdapterVersion.version.desc())
+    wanted = (
+        select(AdapterVersion).where(AdapterVersion.job_id == job_id).order_by(AdapterVersion.version.desc())
+    )
     return session.scalars(wanted.limit(1)).first()
 
 
@@ -220,4 +222,6 @@ def _check_file(storage: Storage, key: str, num_bytes: int, sha256: str) -> None
     except ValueError as error:
         raise ManifestError(str(error)) from error
     if size != num_bytes or digest.hexdigest() != sha256:
-        raise ManifestError(f"{key} has {size} bytes, sha256 {digest.hexdigest()}; its manifest says {num_bytes}, {sha256}")
+        raise ManifestError(
+            f"{key} has {size} bytes, sha256 {digest.hexdigest()}; its manifest says {num_bytes}, {sha256}"
+        )

@@ -14,7 +14,16 @@ from pydantic import ValidationError
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 
-from service.errors import Conflict, Invalid, NotFound, Problem, ServiceError, TooLarge, Unavailable, WrongType
+from service.errors import (
+    Conflict,
+    Invalid,
+    NotFound,
+    Problem,
+    ServiceError,
+    TooLarge,
+    Unavailable,
+    WrongType,
+)
 
 __all__ = [
     "Conflict",

@@ -57,7 +57,9 @@ def _create_engine(url: str) -> Engine:
     if parsed.get_backend_name() != "sqlite":
         return create_engine(parsed, pool_pre_ping=True)
     if parsed.database in (None, "", ":memory:"):
-        raise ValueError(f"database URL {url!r} names no file; a SQLite database needs one: sqlite:////path/clpeft.db")
+        raise ValueError(
+            f"database URL {url!r} names no file; a SQLite database needs one: sqlite:////path/clpeft.db"
+        )
     Path(str(parsed.database)).parent.mkdir(parents=True, exist_ok=True)
     # Python's own transaction handling is off: our BEGIN below is the only one.
     engine = create_engine(parsed, connect_args={"timeout": BUSY_TIMEOUT_S, "isolation_level": None})
@@ -67,7 +69,12 @@ def _create_engine(url: str) -> Engine:
 
 
 def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    for pragma in ("journal_mode=WAL", "synchronous=NORMAL", "foreign_keys=ON", f"busy_timeout={BUSY_TIMEOUT_S * 1000}"):
+    for pragma in (
+        "journal_mode=WAL",
+        "synchronous=NORMAL",
+        "foreign_keys=ON",
+        f"busy_timeout={BUSY_TIMEOUT_S * 1000}",
+    ):
         connection.execute(f"PRAGMA {pragma}").close()
 
 

@@ -62,8 +62,8 @@ def events_after(session: Session, job_id: str, after: int, limit: int) -> Seque
 def read_worker_events(storage: Storage, run_id: str, attempt: int, last_seq: int) -> list[WorkerEvent]:
     """Read the events after last_seq in order, up to the first gap.
 
-    A line that cannot be read becomes an event of type event.unreadable under the same number, so that one bad
-    line neither hides nor stops what follows.
+    A line that cannot be read becomes an event of type event.unreadable under the same number, so that one
+    bad line neither hides nor stops what follows.
     """
     found: list[WorkerEvent] = []
     for name in storage.names(events_key(run_id, attempt)):

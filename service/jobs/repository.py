@@ -26,7 +26,7 @@ from service.specs import JobSpec, PlannedTask, TaskSpec
 CANCELLED_BY_USER = "cancelled by the user"
 
 
-# ------------------------------------------------------------------------------------------------------------- reads
+# ------------------------------------------------------------------------------------------------------ reads
 
 
 def get_dataset(session: Session, dataset_id: str) -> Dataset:
@@ -88,7 +88,7 @@ def unfinished_runs(session: Session) -> Sequence[Run]:
     return session.scalars(wanted).all()
 
 
-# ----------------------------------------------------------------------------------------------------------- changes
+# ---------------------------------------------------------------------------------------------------- changes
 
 
 def create_job(
@@ -99,8 +99,8 @@ def create_job(
     owner = session.scalar(select(Job.id).where(Job.adapter == adapter))
     if owner is not None:
         raise Conflict(
-            f"adapter name {adapter!r} belongs to job {owner}: append tasks to it with POST /v1/jobs/{owner}/tasks, "
-            "or give another name in `adapter`",
+            f"adapter name {adapter!r} belongs to job {owner}: append tasks to it with "
+            f"POST /v1/jobs/{owner}/tasks, or give another name in `adapter`",
             code="adapter_name_taken",
         )
     job = Job(
@@ -116,7 +116,9 @@ def create_job(
     )
     session.add(job)
     session.flush()
-    add_event(session, job.id, "job.created", {"name": job.name, "adapter": job.adapter, "num_tasks": len(planned)})
+    add_event(
+        session, job.id, "job.created", {"name": job.name, "adapter": job.adapter, "num_tasks": len(planned)}
+    )
     _add_run_with_tasks(session, job, spec.tasks, planned)
     return job
 
@@ -125,13 +127,16 @@ def check_appendable(job: Job) -> None:
     """Raise Conflict unless the job takes more tasks: it is succeeded or still at work."""
     if job.state == RunState.FAILED:
         raise Conflict(
-            f"job {job.id} failed: retry first with POST /v1/jobs/{job.id}:retry, then append", code="job_failed"
+            f"job {job.id} failed: retry first with POST /v1/jobs/{job.id}:retry, then append",
+            code="job_failed",
         )
     if job.state in (RunState.CANCELLED, RunState.CANCELLING):
         raise Conflict(f"job {job.id} is {job.state}: a cancelled job takes no tasks", code="job_cancelled")
 
 
-def append_tasks(session: Session, job: Job, tasks: Sequence[TaskSpec], planned: Sequence[PlannedTask]) -> Run:
+def append_tasks(
+    session: Session, job: Job, tasks: Sequence[TaskSpec], planned: Sequence[PlannedTask]
+) -> Run:
     """Add tasks as a new run; it waits until the job's earlier runs succeeded."""
     check_appendable(job)
     return _add_run_with_tasks(session, job, tasks, planned)
@@ -155,7 +160,9 @@ def cancel_job(session: Session, job: Job) -> None:
 def retry_job(session: Session, job: Job) -> Run:
     """Give all tasks that are not committed to a new run. Raises Conflict unless failed or cancelled."""
     if job.state not in (RunState.FAILED, RunState.CANCELLED):
-        raise Conflict(f"job {job.id} is {job.state}: only failed or cancelled jobs are retried", code="not_retryable")
+        raise Conflict(
+            f"job {job.id} is {job.state}: only failed or cancelled jobs are retried", code="not_retryable"
+        )
     tasks = [task for task in tasks_of(session, job.id) if task.state != TaskState.COMMITTED]
     run = _add_run(session, job, [task.index for task in tasks])
     for task in tasks:
@@ -228,7 +235,9 @@ def _add_run_with_tasks(
 
 def _add_run(session: Session, job: Job, task_indexes: list[Any]) -> Run:
     number = len(runs_of(session, job.id)) + 1
-    run = Run(id=new_id("run"), job_id=job.id, number=number, state=RunState.QUEUED, task_indexes=task_indexes)
+    run = Run(
+        id=new_id("run"), job_id=job.id, number=number, state=RunState.QUEUED, task_indexes=task_indexes
+    )
     session.add(run)
     session.flush()
     add_event(session, job.id, "run.queued", {"number": number, "task_indexes": task_indexes}, run_id=run.id)
@@ -249,4 +258,10 @@ def _cancel_waiting(session: Session, run: Run) -> None:
         later.state, later.finished_at = RunState.CANCELLED, utc_now()
         later.reason, later.message = Reason.PARENT_FAILED, message
         _end_tasks(session, later)
-        add_event(session, run.job_id, "run.cancelled", {"reason": later.reason, "message": message}, run_id=later.id)
+        add_event(
+            session,
+            run.job_id,
+            "run.cancelled",
+            {"reason": later.reason, "message": message},
+            run_id=later.id,
+        )

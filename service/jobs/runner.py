@@ -78,7 +78,9 @@ class RayJobRunner:
             return
         if answer.status_code >= 500:  # the agent is starting, or the head is short of something: try again
             raise RunnerUnreachable(f"the Jobs API answers {answer.status_code}: {_last_line(answer.text)}")
-        raise RunnerRefused(f"the Jobs API refuses the job with {answer.status_code}: {_last_line(answer.text)}")
+        raise RunnerRefused(
+            f"the Jobs API refuses the job with {answer.status_code}: {_last_line(answer.text)}"
+        )
 
     def state(self, submission_id: str) -> RayJobState | None:
         """Return the job's state; see JobRunner."""

@@ -70,7 +70,9 @@ RUN_CHANGES: dict[RunState, frozenset[RunState]] = {
     RunState.SCHEDULING: frozenset(
         {RunState.SUBMITTING, RunState.RUNNING, RunState.CANCELLING, RunState.SUCCEEDED, RunState.FAILED}
     ),
-    RunState.RUNNING: frozenset({RunState.SUBMITTING, RunState.CANCELLING, RunState.SUCCEEDED, RunState.FAILED}),
+    RunState.RUNNING: frozenset(
+        {RunState.SUBMITTING, RunState.CANCELLING, RunState.SUCCEEDED, RunState.FAILED}
+    ),
     # A cancel can come too late: the last task may be committed, or the run may fail first.
     RunState.CANCELLING: frozenset({RunState.CANCELLED, RunState.SUCCEEDED, RunState.FAILED}),
     RunState.CANCELLED: frozenset(),

@@ -1,13 +1,14 @@
 """The Ray Serve application: HTTP in front of one engine per replica.
 
-POST /generate takes a GenerateRequest and answers with events as JSON lines, GET /status tells what is loaded.
-The proxy listens on loopback only: clients talk to the control plane's OpenAI routes.
+POST /generate takes a GenerateRequest and answers with events as JSON lines; GET /status tells what is
+loaded. The proxy listens on loopback only: clients talk to the control plane's OpenAI routes.
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import AsyncGenerator
+from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from ray import serve
@@ -36,7 +37,8 @@ class Replica:
     """One engine and its HTTP face."""
 
     def __init__(self, args: ServeArgs) -> None:
-        from service.serving.transformers_engine import TransformersEngine  # heavy: only replicas pay for torch
+        # heavy: only replicas pay for torch
+        from service.serving.transformers_engine import TransformersEngine
 
         self._engine: Engine = TransformersEngine(
             storage_url=args.storage_url, max_adapters=args.max_adapters, num_threads=args.num_threads
@@ -95,8 +97,9 @@ def _error(status: int, code: str, message: str, param: str | None = None) -> JS
     return JSONResponse({"code": code, "message": message, "param": param}, status_code=status)
 
 
-def build(args: ServeArgs) -> Application:
-    """Return the application; Serve imports this by name and validates the arguments."""
+def build(arguments: dict[str, Any]) -> Application:
+    """Return the application; Serve imports this by name and passes the deployment's ServeArgs as JSON."""
+    args = ServeArgs.model_validate(arguments)
     deployment: serve.Deployment = serve.deployment(
         name="engine",
         num_replicas=args.num_replicas,

@@ -23,7 +23,7 @@ class _Entry(Generic[V]):
 
 
 class LeaseCache(Generic[K, V]):
-    """Load each key once, keep it while a request holds it, drop the least recently used when there are too many.
+    """Load each key once, keep it while a request holds it, drop the least recently used beyond a capacity.
 
     More than `capacity` values stay while all of them are leased; None keeps everything. One event loop only.
     """
@@ -45,8 +45,8 @@ class LeaseCache(Generic[K, V]):
     async def lease(self, key: K) -> AsyncIterator[V]:
         """Hold the value of a key until the block ends, in whichever way.
 
-        Requests for a key that is loading share that load. A failed load raises in each of them and is forgotten,
-        so that the next request tries again. A request that leaves early does not end the load.
+        Requests for a key that is loading share that load. A failed load raises in each of them and is
+        forgotten, so that the next request tries again. A request that leaves early does not end the load.
         """
         entry = self._entries.get(key)
         if entry is None:

@@ -23,8 +23,8 @@ _LOG_LEVEL = "WARNING"
 def serve_config(settings: Settings) -> dict[str, Any]:
     """Return the whole Serve document: one HTTP proxy at settings.serve_url and one application.
 
-    CLPEFT_SERVE_THREADS is the number of torch threads per replica (default 1), CLPEFT_SERVE_REPLICAS the number of
-    replicas (default 1), CLPEFT_SERVE_MAX_ADAPTERS the adapters that a replica keeps (default 16).
+    Read from the environment: CLPEFT_SERVE_THREADS, torch threads per replica (default 1);
+    CLPEFT_SERVE_REPLICAS (default 1); CLPEFT_SERVE_MAX_ADAPTERS, adapters that a replica keeps (default 16).
 
     Raises ValueError for a Serve address without a host and port, or a setting that is no whole number.
     """
@@ -63,7 +63,8 @@ def serve_config(settings: Settings) -> dict[str, Any]:
 def deploy(settings: Settings) -> None:
     """Ask the cluster to run the application; returns before it is ready.
 
-    Repeating it with the same settings changes nothing. Raises ServingError when the dashboard refuses or is away.
+    Repeating it with the same settings changes nothing. Raises ServingError when the dashboard refuses or is
+    away.
     """
     _call(settings, "PUT", serve_config(settings))
 
@@ -103,7 +104,9 @@ def undeploy(settings: Settings) -> None:
 
 def _call(settings: Settings, method: str, document: dict[str, Any] | None = None) -> dict[str, Any]:
     if not settings.ray_dashboard_url:
-        raise ServingError("no Ray dashboard address: set CLPEFT_RAY_DASHBOARD_URL, for example http://127.0.0.1:8265")
+        raise ServingError(
+            "no Ray dashboard address: set CLPEFT_RAY_DASHBOARD_URL, for example http://127.0.0.1:8265"
+        )
     headers = {}
     if settings.ray_token_path is not None:
         headers["Authorization"] = f"Bearer {settings.ray_token_path.read_text().strip()}"
@@ -111,9 +114,13 @@ def _call(settings: Settings, method: str, document: dict[str, Any] | None = Non
     try:
         response = httpx.request(method, url, headers=headers, json=document, timeout=60.0, trust_env=False)
     except httpx.HTTPError as error:
-        raise ServingError(f"the Ray dashboard at {settings.ray_dashboard_url} does not answer: {error}") from error
+        raise ServingError(
+            f"the Ray dashboard at {settings.ray_dashboard_url} does not answer: {error}"
+        ) from error
     if response.status_code != 200:
-        raise ServingError(f"the Ray dashboard answered {response.status_code} to {method} {_ROUTE}: {response.text[:2000]}")
+        raise ServingError(
+            f"the Ray dashboard answered {response.status_code} to {method} {_ROUTE}: {response.text[:2000]}"
+        )
     found: dict[str, Any] = response.json() if method == "GET" else {}
     return found
 

@@ -1,6 +1,7 @@
 """What an engine does: one request in, a stream of events out.
 
-The same types travel as JSON between the gateway and a replica: the request as one object, the events as lines.
+The same types travel as JSON between the gateway and a replica: the request as one object, the events as
+lines.
 """
 
 from __future__ import annotations
@@ -8,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Annotated, Literal, Protocol
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, model_validator
+from pydantic import BaseModel, ConfigDict, Field, RootModel, model_validator
 
 
 class ServingError(RuntimeError):
@@ -46,7 +47,7 @@ class ChatMessage(_Wire):
 
 
 class GenerateRequest(_Wire):
-    """One prompt for one adapter, or for the base model alone. Exactly one of prompt and messages is given."""
+    """One prompt for one adapter, or for the base model alone; prompt or messages, exactly one of them."""
 
     base_model_path: str = Field(min_length=1)
     adapter: AdapterRef | None = None
@@ -99,7 +100,15 @@ class Failed(_Wire):
 
 
 Event = Annotated[Started | Delta | Finished | Failed, Field(discriminator="type")]
-EVENTS: TypeAdapter[Event] = TypeAdapter(Event)
+
+
+class _Line(RootModel[Event]):
+    pass
+
+
+def parse_event(line: str) -> Event:
+    """Read an event from its JSON line."""
+    return _Line.model_validate_json(line).root
 
 
 class EngineStatus(_Wire):

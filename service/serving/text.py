@@ -10,16 +10,18 @@ _INCOMPLETE = "\ufffd"
 class TextStream:
     """Turn generated tokens into text deltas that end before the first stop string.
 
-    `decode` maps token ids to text. A delta never ends inside a character, and the part of the text that may still
-    become a stop string is held back.
+    `decode` maps token ids to text. A delta never ends inside a character, and the part of the text that may
+    still become a stop string is held back.
     """
 
     def __init__(self, decode: Callable[[list[int]], str], stop: Sequence[str]) -> None:
         self._decode = decode
         self._stop = tuple(stop)
         self._ids: list[int] = []
-        self._start = 0  # decoding begins here, so that a long answer costs no more per token than a short one
-        self._read = 0  # tokens before this one are in the text already
+        # Only tokens from _start are decoded, so that a long answer costs no more per token than a short one;
+        # those before _read are in the text already.
+        self._start = 0
+        self._read = 0
         self._held = ""
         self.is_stopped = False
         """A stop string was found; nothing more may be added."""

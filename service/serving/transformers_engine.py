@@ -42,8 +42,8 @@ class TransformersEngine:
         """Yield Started, Deltas and Finished; see Engine."""
         events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         stop = threading.Event()
-        # The task, not this generator, holds the leases: it ends when the model thread is done with the adapter,
-        # however the client leaves.
+        # The task, not this generator, holds the leases: it ends when the model thread is done with the
+        # adapter, however the client leaves.
         task = asyncio.create_task(self._answer(request, events, stop))
         self._requests.add(task)
         task.add_done_callback(self._requests.discard)

@@ -1,7 +1,7 @@
 """What the model thread does: load base models, attach adapters, generate.
 
-One thread owns every model. It generates, and between two tokens it applies changes of modules, so that a request in
-flight neither meets a half-changed model nor waits for files.
+One thread owns every model. It generates, and between two tokens it applies changes of modules, so that a
+request in flight neither meets a half-changed model nor waits for files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @dataclass
 class Base:
-    """A base model; `peft` wraps the same modules once an adapter was attached."""
+    """A base model; `peft` is the PeftModel around the same modules once an adapter was attached."""
 
     path: str
     model: Any
@@ -46,7 +46,7 @@ class Base:
     tokenizer: Any
     end_token_ids: frozenset[int]
     context_tokens: int | None
-    peft: PeftModel | None = None
+    peft: Any = None
 
 
 @dataclass(frozen=True)
@@ -165,8 +165,8 @@ def token_limit(base: Base, request: GenerateRequest, num_prompt_tokens: int) ->
     left = base.context_tokens - num_prompt_tokens
     if left < 1 or (left < request.max_tokens and not request.cut_max_tokens):
         raise RequestError(
-            f"this model's context is {base.context_tokens} tokens, but the prompt has {num_prompt_tokens} tokens and "
-            f"max_tokens is {request.max_tokens}; shorten one of them",
+            f"this model's context is {base.context_tokens} tokens, but the prompt has {num_prompt_tokens} "
+            f"and max_tokens is {request.max_tokens}; shorten one of them",
             "messages" if request.prompt is None else "prompt",
             "context_length_exceeded",
         )
@@ -239,7 +239,7 @@ class _Watcher(StoppingCriteria):
             job.request.stop,
         )
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **_: Any) -> torch.Tensor:
+    def __call__(self, input_ids: torch.Tensor, _scores: torch.Tensor, **_: Any) -> torch.Tensor:
         token_id = int(input_ids[0, -1])
         if token_id not in self._job.base.end_token_ids and (delta := self.text.add(token_id)):
             self._job.emit(Delta(text=delta))
@@ -268,6 +268,6 @@ class _Draw(LogitsProcessor):
     def __init__(self, generator: torch.Generator) -> None:
         self._generator = generator
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+    def __call__(self, _input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         drawn = torch.multinomial(torch.softmax(scores.float(), dim=-1), 1, generator=self._generator)
         return torch.full_like(scores, -torch.inf).scatter(1, drawn, 0.0)

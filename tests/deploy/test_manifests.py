@@ -149,6 +149,19 @@ def test_the_pods_set_only_settings_that_the_service_has() -> None:
         assert environment(pod).keys() <= known
 
 
+def test_every_setting_is_documented_with_its_default() -> None:
+    rows = {}
+    for line in (ROOT / "docs" / "operations.md").read_text().splitlines():
+        if line.startswith("| `CLPEFT_"):
+            name, default, _ = (cell.strip().strip("`") for cell in line.strip("|").split("|"))
+            rows[name.removeprefix("CLPEFT_").lower()] = default
+    assert rows.keys() == Settings.model_fields.keys()
+    for name, default in rows.items():
+        value = Settings.model_fields[name].default
+        if value and isinstance(value, str | int | float):
+            assert default == str(value)
+
+
 def test_the_control_plane_finds_the_ray_head_by_its_service_name() -> None:
     name = documents("RayCluster")[0]["metadata"]["name"]
     ports = {port["name"]: port["containerPort"] for port in container("head")["ports"]}

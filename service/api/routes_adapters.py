@@ -1,0 +1,72 @@
+"""Adapters: their versions and aliases."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from fastapi import APIRouter, Path, Query
+from pydantic import Field
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from service.adapters import registry
+from service.api.deps import ReadSession, SessionsDep
+from service.api.views import AdapterDetail, AdapterView, AliasView, Page, VersionView, version_view
+from service.db.tables import Adapter
+from service.specs import Spec
+
+router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
+
+
+class AliasTarget(Spec):
+    """The version that an alias points at."""
+
+    version: int = Field(ge=1)
+
+
+@router.get("")
+def list_adapters(
+    session: ReadSession, limit: Annotated[int, Query(ge=1, le=100)] = 20, after: str | None = None
+) -> Page[AdapterView]:
+    """List adapters with at least one version, by name."""
+    wanted = select(Adapter).order_by(Adapter.name).limit(limit + 1)
+    if after is not None:
+        wanted = wanted.where(Adapter.name > after)
+    rows = session.scalars(wanted).all()
+    has_more = len(rows) > limit
+    data = [_view(session, row) for row in rows[:limit]]
+    return Page(data=data, has_more=has_more, next_cursor=data[-1].name if has_more else None)
+
+
+@router.get("/{name}")
+def show_adapter(name: str, session: ReadSession) -> AdapterDetail:
+    """Show an adapter with its versions and aliases."""
+    row = registry.get_adapter(session, name)
+    versions = [version_view(version) for version in registry.versions_of(session, name)]
+    return AdapterDetail(**_view(session, row).model_dump(), versions=versions)
+
+
+@router.get("/{name}/versions/{version}")
+def show_version(
+    name: str, version: Annotated[str, Path(pattern=r"^v?[0-9]{1,9}$")], session: ReadSession
+) -> VersionView:
+    """Show one version, written as 2 or v2."""
+    return version_view(registry.get_version(session, name, int(version.removeprefix("v"))))
+
+
+@router.put("/{name}/aliases/{alias}")
+def move_alias(name: str, alias: str, target: AliasTarget, sessions: SessionsDep) -> AliasView:
+    """Point an alias at a version; new requests use it from now on."""
+    with sessions.write() as session:
+        return AliasView.model_validate(registry.set_alias(session, name, alias, target.version))
+
+
+def _view(session: Session, row: Adapter) -> AdapterView:
+    return AdapterView(
+        name=row.name,
+        job_id=row.job_id,
+        latest_version=row.latest_version,
+        aliases=registry.aliases_of(session, row.name),
+        created_at=row.created_at,
+        updated_at=row.updated_at,
+    )

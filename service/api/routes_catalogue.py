@@ -1,0 +1,64 @@
+"""What a job may use: base models, and strategies and adapter methods with the schema of their parameters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter
+from pydantic import BaseModel, TypeAdapter
+
+from clcore.engine.registry import STRATEGIES, config_class
+from service.api.deps import SettingsDep
+from service.api.views import Page
+from service.basemodels import known_models
+from service.specs import LoraSpec
+
+router = APIRouter(prefix="/v1", tags=["catalogue"])
+PEFT_METHODS: dict[str, type[BaseModel]] = {"lora": LoraSpec}
+
+
+class Choice(BaseModel):
+    """Something with parameters, by the name that goes into `type`."""
+
+    type: str
+    description: str
+    parameters: dict[str, Any]
+    """JSON Schema with the defaults of a job."""
+
+
+class BaseModelView(BaseModel):
+    """A prepared base model."""
+
+    id: str
+
+
+@router.get("/strategies")
+def strategies() -> Page[Choice]:
+    """List the strategies."""
+    found = []
+    for name in STRATEGIES:
+        config = config_class(name)
+        schema = TypeAdapter(config).json_schema()
+        found.append(Choice(type=name, description=_first_line(config), parameters=schema))
+    return Page(data=found)
+
+
+@router.get("/peft-methods")
+def peft_methods() -> Page[Choice]:
+    """List the adapter methods."""
+    return Page(
+        data=[
+            Choice(type=name, description=_first_line(spec), parameters=spec.model_json_schema())
+            for name, spec in PEFT_METHODS.items()
+        ]
+    )
+
+
+@router.get("/base-models")
+def base_models(settings: SettingsDep) -> Page[BaseModelView]:
+    """List the prepared base models; hub ids (org/name) work too where a hub can be reached."""
+    return Page(data=[BaseModelView(id=model.id) for model in known_models(settings.models_dir)])
+
+
+def _first_line(cls: type[Any]) -> str:
+    return (cls.__doc__ or "").strip().partition("\n")[0]

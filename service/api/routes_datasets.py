@@ -1,0 +1,112 @@
+"""Data sets: upload, list, show, delete."""
+
+from __future__ import annotations
+
+import logging
+from typing import Annotated
+
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Query, Request
+from sqlalchemy import or_, select
+
+from service.api.deps import ReadSession, SessionsDep, SettingsDep, StorageDep
+from service.api.views import DatasetView, Page
+from service.datasets import drain, store_rows
+from service.db.session import Sessions
+from service.db.tables import Dataset, Task
+from service.errors import Conflict, TooLarge, WrongType
+from service.ids import new_id
+from service.jobs.repository import get_dataset
+from service.specs import Name
+
+logger = logging.getLogger(__name__)
+UNLIMITED = 2**62  # the route counts bytes itself, so that it can tear down what it stored
+MEDIA_TYPES = ("application/x-ndjson", "application/jsonl", "application/jsonlines")
+router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
+
+
+@router.post("", status_code=201, max_body_size=UNLIMITED)
+async def upload(
+    request: Request, name: Name, settings: SettingsDep, sessions: SessionsDep, storage: StorageDep
+) -> DatasetView:
+    """Store JSON lines: {"prompt", "completion"} or {"messages"} per line, one format per data set."""
+    pieces = request.stream()
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type not in MEDIA_TYPES:
+        await drain(pieces)
+        raise WrongType(f"Content-Type {media_type!r} is not read; send one of {', '.join(MEDIA_TYPES)}")
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > settings.max_upload_bytes:
+        await drain(pieces)
+        raise TooLarge(
+            f"the upload has {declared} bytes; at most {settings.max_upload_bytes} are taken",
+            code="upload_too_large",
+        )
+    dataset_id = new_id("ds")
+    stored = await store_rows(
+        pieces,
+        storage=storage,
+        dataset_id=dataset_id,
+        max_upload_bytes=settings.max_upload_bytes,
+        max_row_bytes=settings.max_row_bytes,
+    )
+    row = Dataset(
+        id=dataset_id,
+        name=name,
+        format=stored.format,
+        num_rows=stored.num_rows,
+        bytes=stored.bytes,
+        sha256=stored.sha256,
+        statistics=stored.statistics,
+    )
+    try:
+        await run_sync(_add, sessions, row)
+    except BaseException:
+        storage.delete(f"datasets/{dataset_id}")
+        raise
+    return DatasetView.model_validate(row)
+
+
+@router.get("")
+def list_datasets(
+    session: ReadSession,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: str | None = None,
+    name: str | None = None,
+) -> Page[DatasetView]:
+    """List data sets, newest first."""
+    wanted = select(Dataset).order_by(Dataset.id.desc()).limit(limit + 1)
+    if after is not None:
+        wanted = wanted.where(Dataset.id < after)
+    if name is not None:
+        wanted = wanted.where(Dataset.name == name)
+    rows = session.scalars(wanted).all()
+    has_more = len(rows) > limit
+    data = [DatasetView.model_validate(row) for row in rows[:limit]]
+    return Page(data=data, has_more=has_more, next_cursor=data[-1].id if has_more else None)
+
+
+@router.get("/{dataset_id}")
+def show_dataset(dataset_id: str, session: ReadSession) -> DatasetView:
+    """Show a data set."""
+    return DatasetView.model_validate(get_dataset(session, dataset_id))
+
+
+@router.delete("/{dataset_id}", status_code=204)
+def delete_dataset(dataset_id: str, sessions: SessionsDep, storage: StorageDep) -> None:
+    """Delete a data set that no job uses."""
+    with sessions.write() as session:
+        row = get_dataset(session, dataset_id)
+        uses = (
+            select(Task.job_id).where(or_(Task.dataset_id == row.id, Task.eval_dataset_id == row.id)).limit(1)
+        )
+        job_id = session.scalar(uses)
+        if job_id is not None:
+            raise Conflict(f"data set {dataset_id} is used by job {job_id}", code="dataset_in_use")
+        session.delete(row)
+    storage.delete(f"datasets/{dataset_id}")
+
+
+def _add(sessions: Sessions, row: Dataset) -> None:
+    with sessions.write() as session:
+        session.add(row)

@@ -1,0 +1,85 @@
+"""A job's events: a page as JSON, or a stream (SSE) that ends after the job's terminal event."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from typing import Annotated
+
+import anyio
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Header, Query, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+
+from service.api.deps import SessionsDep
+from service.api.views import EventView, Page
+from service.db.session import Sessions
+from service.errors import Invalid
+from service.jobs.events import events_after
+from service.jobs.repository import get_job
+from service.jobs.states import FINAL_RUN_STATES
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+BATCH_SIZE = 500
+LOOK_EVERY_S = 0.25
+HEARTBEAT_S = 10.0
+
+
+@router.get("/{job_id}/events", response_model=Page[EventView])
+async def events(
+    request: Request,
+    job_id: str,
+    sessions: SessionsDep,
+    after: Annotated[int, Query(ge=0)] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    accept: Annotated[str, Header()] = "",
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> Response:
+    """List events after an id, oldest first; with Accept: text/event-stream follow them as they happen."""
+    if "text/event-stream" in accept:
+        if last_event_id:
+            after = _read_id(last_event_id)
+        await run_sync(_look, sessions, job_id, after, 1)  # an unknown job is a 404, not an empty stream
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        stream = _follow(request, sessions, job_id, after)
+        return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+    found, _ = await run_sync(_look, sessions, job_id, after, limit + 1)
+    has_more = len(found) > limit
+    page = Page[EventView](data=found[:limit], has_more=has_more)
+    if has_more:
+        page.next_cursor = str(page.data[-1].id)
+    return JSONResponse(page.model_dump(mode="json"))
+
+
+async def _follow(request: Request, sessions: Sessions, job_id: str, after: int) -> AsyncIterator[bytes]:
+    sent_at = time.monotonic()
+    while not request.app.state.stopping.is_set():
+        found, is_final = await run_sync(_look, sessions, job_id, after, BATCH_SIZE)
+        for event in found:
+            yield format_sse_event(data_str=event.model_dump_json(), event=event.type, id=str(event.id))
+            after = event.id
+        if found:
+            sent_at = time.monotonic()
+        elif is_final:
+            return
+        elif time.monotonic() - sent_at > HEARTBEAT_S:
+            yield KEEPALIVE_COMMENT
+            sent_at = time.monotonic()
+        if len(found) < BATCH_SIZE and not is_final:
+            await anyio.sleep(LOOK_EVERY_S)
+
+
+def _look(sessions: Sessions, job_id: str, after: int, limit: int) -> tuple[list[EventView], bool]:
+    """Return the next events, and whether the job had ended when they were read."""
+    with sessions.read() as session:
+        is_final = get_job(session, job_id).state in FINAL_RUN_STATES
+        return [
+            EventView.model_validate(row) for row in events_after(session, job_id, after, limit)
+        ], is_final
+
+
+def _read_id(value: str) -> int:
+    if not value.isascii() or not value.isdigit() or len(value) > 18:
+        raise Invalid(f"Last-Event-ID must be the number of an event, got {value[:50]!r}")
+    return int(value)

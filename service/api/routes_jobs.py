@@ -1,0 +1,257 @@
+"""Jobs: submit, plan, list, show, append, cancel, retry; their runs, attempts, logs and accuracy matrix."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Body, Query
+from fastapi.responses import PlainTextResponse
+from pydantic import Field, ValidationError
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from clcore.evaluation import matrix_scalars
+from service.adapters.registry import versions_of
+from service.adapters.storage import dataset_key
+from service.api.deps import ReadSession, ReconcilerDep, RunnerDep, SessionsDep, SettingsDep
+from service.api.problems import invalid_from
+from service.api.views import AttemptView, EvalMatrix, JobSummary, JobView, Page, RunView, job_view, task_view
+from service.basemodels import find_base_model
+from service.db.tables import Dataset, Job
+from service.errors import Invalid, NotFound, Unavailable
+from service.jobs import repository
+from service.jobs.runner import RunnerUnreachable
+from service.jobs.states import RunState
+from service.planner import KnownDataset, check_training, plan_tasks, resolve_strategies
+from service.specs import JobSpec, PlannedDataset, PlannedTask, Spec, TaskSpec
+
+router = APIRouter(prefix="/v1", tags=["jobs"])
+
+
+class TaskList(Spec):
+    """Tasks to append."""
+
+    tasks: tuple[TaskSpec, ...] = Field(min_length=1, max_length=1000)
+
+
+class JobPlan(Spec):
+    """What a job would do, with every default filled in."""
+
+    spec: JobSpec
+    base_model_path: str
+    tasks: tuple[PlannedTask, ...]
+    num_steps: int
+
+
+@router.post("/jobs", status_code=201)
+def submit(spec: JobSpec, settings: SettingsDep, sessions: SessionsDep, reconciler: ReconcilerDep) -> JobView:
+    """Submit a job; its first run starts when the cluster has a place for it."""
+    spec, path = _resolve(spec, settings)
+    with sessions.write() as session:
+        planned = _plan(session, spec.tasks, spec)
+        job = repository.create_job(session, spec, planned, base_model_path=path)
+        shown = _show(session, job)
+    reconciler.wake()
+    return shown
+
+
+@router.post("/jobs:plan")
+def plan(spec: JobSpec, settings: SettingsDep, session: ReadSession) -> JobPlan:
+    """Check a job and fill in its defaults; nothing is stored."""
+    spec, path = _resolve(spec, settings)
+    tasks = _plan(session, spec.tasks, spec)
+    return JobPlan(spec=spec, base_model_path=path, tasks=tasks, num_steps=sum(task.steps for task in tasks))
+
+
+@router.get("/jobs")
+def list_jobs(
+    session: ReadSession,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    after: str | None = None,
+    order: Literal["asc", "desc"] = "desc",
+    status: RunState | None = None,
+) -> Page[JobSummary]:
+    """List jobs, newest first."""
+    jobs, has_more = repository.list_jobs(
+        session, limit=limit, after=after, newest_first=order == "desc", status=status
+    )
+    data = [JobSummary.model_validate(job) for job in jobs]
+    return Page(data=data, has_more=has_more, next_cursor=data[-1].id if has_more else None)
+
+
+@router.get("/jobs/{job_id}")
+def show(job_id: str, session: ReadSession) -> JobView:
+    """Show a job with its tasks and runs."""
+    return _show(session, repository.get_job(session, job_id))
+
+
+@router.post("/jobs/{job_id}/tasks", status_code=201)
+def append(
+    job_id: str, body: Annotated[dict[str, Any], Body()], sessions: SessionsDep, reconciler: ReconcilerDep
+) -> JobView:
+    """Append one task, or {"tasks": [...]}: a new run continues from the newest version."""
+    tasks, is_list = _read_tasks(body)
+    with sessions.write() as session:
+        job = repository.get_job(session, job_id)
+        repository.check_appendable(job)
+        earlier = repository.tasks_of(session, job_id)
+        try:
+            planned = _plan(
+                session,
+                tasks,
+                JobSpec.model_validate(job.spec),
+                first_index=len(earlier),
+                taken_names=[task.name for task in earlier],
+            )
+        except Invalid as error:
+            raise error if is_list else _without_prefix(error) from None
+        repository.append_tasks(session, job, tasks, planned)
+        shown = _show(session, job)
+    reconciler.wake()
+    return shown
+
+
+@router.post("/jobs/{job_id}:cancel", status_code=202)
+def cancel(job_id: str, sessions: SessionsDep, reconciler: ReconcilerDep) -> JobView:
+    """Stop a job: what waits is cancelled at once, what runs stops at its next step."""
+    with sessions.write() as session:
+        job = repository.get_job(session, job_id)
+        repository.cancel_job(session, job)
+        shown = _show(session, job)
+    reconciler.wake()
+    return shown
+
+
+@router.post("/jobs/{job_id}:retry", status_code=202)
+def retry(job_id: str, sessions: SessionsDep, reconciler: ReconcilerDep) -> JobView:
+    """Train the tasks of a failed or cancelled job that are not committed, in a new run."""
+    with sessions.write() as session:
+        job = repository.get_job(session, job_id)
+        repository.retry_job(session, job)
+        shown = _show(session, job)
+    reconciler.wake()
+    return shown
+
+
+@router.get("/jobs/{job_id}/runs")
+def list_runs(job_id: str, session: ReadSession) -> Page[RunView]:
+    """List a job's runs, oldest first."""
+    repository.get_job(session, job_id)
+    return Page(data=[RunView.model_validate(run) for run in repository.runs_of(session, job_id)])
+
+
+@router.get("/runs/{run_id}")
+def show_run(run_id: str, session: ReadSession) -> RunView:
+    """Show a run."""
+    return RunView.model_validate(repository.get_run(session, run_id))
+
+
+@router.get("/runs/{run_id}/attempts")
+def list_attempts(run_id: str, session: ReadSession) -> Page[AttemptView]:
+    """List a run's attempts, oldest first."""
+    repository.get_run(session, run_id)
+    return Page(data=[AttemptView.model_validate(row) for row in repository.attempts_of(session, run_id)])
+
+
+@router.get("/jobs/{job_id}/logs", response_class=PlainTextResponse)
+def logs(job_id: str, sessions: SessionsDep, runner: RunnerDep) -> str:
+    """Return the log of the newest attempt's driver."""
+    with sessions.read() as session:
+        repository.get_job(session, job_id)
+        attempts = [
+            row
+            for run in repository.runs_of(session, job_id)
+            for row in repository.attempts_of(session, run.id)
+        ]
+    if not attempts:
+        raise NotFound(f"job {job_id} has no log yet: no attempt has started", code="no_log")
+    newest = attempts[-1].submission_id
+    try:
+        text = runner.logs(newest)
+    except RunnerUnreachable as error:
+        raise Unavailable(str(error), code="ray_unavailable") from error
+    if text is None:
+        raise NotFound(f"the cluster has no log of {newest}", code="no_log")
+    return text
+
+
+@router.get("/jobs/{job_id}/eval-matrix")
+def eval_matrix(job_id: str, session: ReadSession) -> EvalMatrix:
+    """Show every score that was measured; the scalars cover the committed tasks."""
+    job = repository.get_job(session, job_id)
+    names = [task.name for task in repository.tasks_of(session, job_id)]
+    versions = versions_of(session, job.adapter)
+    rows = {row.task_name: row for row in versions}
+    base: dict[str, float] = {}
+    for row in versions:
+        base.update(row.manifest["base_scores"])
+    matrix: list[list[float | None]] = [
+        [rows[after].manifest["scores"].get(name) if after in rows else None for name in names]
+        for after in names
+    ]
+    num_committed = len(versions)
+    base_scores = [base.get(name) for name in names]
+    scalars: dict[str, float | None] = {}
+    if num_committed:
+        scalars = matrix_scalars(
+            [row[:num_committed] for row in matrix[:num_committed]], base_scores[:num_committed]
+        )
+    return EvalMatrix(
+        job_id=job.id,
+        adapter=job.adapter,
+        tasks=names,
+        matrix=matrix,
+        versions=[rows[name].version if name in rows else None for name in names],
+        base_scores=base_scores,
+        average_accuracy=scalars.get("average_accuracy"),
+        forgetting=scalars.get("forgetting"),
+        bwt=scalars.get("bwt"),
+        fwt=scalars.get("fwt"),
+        learning_accuracy=scalars.get("learning_accuracy"),
+    )
+
+
+def _resolve(spec: JobSpec, settings: SettingsDep) -> tuple[JobSpec, str]:
+    check_training(spec.training)
+    strategies = resolve_strategies(spec.strategy)
+    path = find_base_model(spec.base_model, settings.models_dir)
+    return spec.model_copy(update={"strategy": strategies, "adapter": spec.adapter or spec.name}), path
+
+
+def _plan(
+    session: Session, tasks: Sequence[TaskSpec], spec: JobSpec, **options: Any
+) -> tuple[PlannedTask, ...]:
+    ids = {found for task in tasks for found in (task.dataset, task.eval_dataset) if found is not None}
+    rows = session.scalars(select(Dataset).where(Dataset.id.in_(ids)))
+    datasets = {
+        row.id: KnownDataset(
+            planned=PlannedDataset(
+                id=row.id, path=dataset_key(row.id), sha256=row.sha256, num_rows=row.num_rows
+            ),
+            format=row.format,
+        )
+        for row in rows
+    }
+    return plan_tasks(tasks, training=spec.training, datasets=datasets, **options)
+
+
+def _read_tasks(body: dict[str, Any]) -> tuple[tuple[TaskSpec, ...], bool]:
+    try:
+        if "tasks" in body:
+            return TaskList.model_validate(body).tasks, True
+        return (TaskSpec.model_validate(body),), False
+    except ValidationError as error:
+        raise invalid_from(error) from error
+
+
+def _without_prefix(error: Invalid) -> Invalid:
+    """Point into the single task that was sent instead of a list."""
+    problems = [type(p)(p.pointer.removeprefix("/tasks/0") or "/", p.detail) for p in error.problems]
+    return Invalid(error.detail.replace("/tasks/0", "", 1), code=error.code, problems=problems)
+
+
+def _show(session: Session, job: Job) -> JobView:
+    tasks = [task_view(task) for task in repository.tasks_of(session, job.id)]
+    runs = [RunView.model_validate(run) for run in repository.runs_of(session, job.id)]
+    return job_view(job, tasks, runs)

@@ -1,0 +1,397 @@
+"""The `clpeft` command: run the service on this machine, submit jobs, watch them, talk to adapters."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.panel import Panel
+from rich.table import Table
+
+from service.client import ApiError, Client
+from service.settings import Settings
+
+app = typer.Typer(
+    name="clpeft", help="Train one adapter of a language model over a growing sequence of tasks, and serve
+    every version of it.", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+model_app = typer.Typer(help="Base models on this machine.", no_args_is_help=True)
+app.add_typer(model_app, name="model", rich_help_panel="Models")
+
+SERVICE, JOBS, ADAPTERS = "Service", "Jobs", "Adapters"
+out = Console(highlight=False)
+
+
+def main() -> None:
+    """Run the command line. A user's mistake is one clear text on stderr and exit code 1 or 2."""
+    from service.embedded import EmbeddedError
+    from service.models import ModelError
+
+    try:
+        app()
+    except (ApiError, EmbeddedError, ModelError) as error:
+        fail(str(error))
+
+
+def fail(text: str) -> None:
+    """Write the error to stderr and leave with exit code 1."""
+    sys.stderr.write(f"error: {text}\n")
+    raise SystemExit(1)
+
+
+# ---------------------------------------------------------------------------------------------------- service
+
+
+@app.command(rich_help_panel=SERVICE)
+def up(
+    port: Annotated[
+        int | None, typer.Option(help="Port of the API; 0 takes a free one.", min=0, max=65535)
+    ] = None,
+    detach: Annotated[bool, typer.Option("--detach", "-d", help="Return when everything runs.")] = False,
+) -> None:
+    """Start the service on this machine: API, Ray and Ray Serve.
+
+    Stays in the foreground, and Ctrl-C ends everything. With --detach, end it with 'clpeft down'. When only
+    the API ended, this starts a new one beside the Ray that still runs, and training there goes on.
+    """
+    from service import embedded
+    from service.processes import exit_on_sigterm
+
+    settings = Settings() if port is None else Settings(port=port)
+    exit_on_sigterm()
+    try:
+        with out.status("starting") as status:
+            state = embedded.up(settings, progress=lambda text: status.update(text))
+    except KeyboardInterrupt:
+        out.print("stopped before everything ran; nothing is left")
+        raise typer.Exit(130) from None
+    out.print(_panel(state))
+    if detach:
+        return
+    out.print("Ctrl-C ends it.")
+    try:
+        while state.api_runs:
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        out.print()
+        _end(settings)
+        return
+    if embedded.read_state(settings.home) is None:
+        out.print("ended by 'clpeft down'")
+        return
+    fail(
+        f"the API ended; its log is {settings.home / 'run' / 'api.log'}\n"
+        "Ray still runs: 'clpeft up' starts a new API beside it, 'clpeft down' ends everything"
+    )
+
+
+@app.command(rich_help_panel=SERVICE)
+def down(
+    api_only: Annotated[bool, typer.Option("--api-only", help="Leave Ray and its training running.")] = False,
+) -> None:
+    """End the service on this machine, and exactly that."""
+    from service import embedded
+
+    settings = Settings()
+    if not api_only:
+        _end(settings)
+        return
+    state = embedded.read_state(settings.home)
+    if state is None or not state.api_runs:
+        out.print("no API runs")
+        return
+    embedded.stop_api(state)
+    out.print("the API has ended; Ray still runs")
+
+
+@app.command(rich_help_panel=SERVICE)
+def status() -> None:
+    """Say what runs, and where."""
+    from service import embedded
+
+    settings = Settings()
+    state = embedded.read_state(settings.home)
+    if state is None or not (state.api_runs or state.ray.is_alive()):
+        out.print(f"nothing runs under {settings.home}; start the service with 'clpeft up'", soft_wrap=True)
+        raise typer.Exit(1)
+    out.print(_panel(state))
+
+
+def _end(settings: Settings) -> None:
+    from service import embedded
+
+    with out.status("ending the service"):
+        survivors = embedded.down(settings.home)
+    if survivors is None:
+        out.print("nothing runs")
+    elif survivors:
+        fail(f"these processes could not be ended: {', '.join(str(process.pid) for process in survivors)}")
+    else:
+        out.print("everything has ended")
+
+
+def _panel(state: Any) -> Panel:
+    rows = Table.grid(padding=(0, 2))
+    rows.add_row("API", f"[bold]{state.api_url}[/]" if state.api_runs else "[red]not running[/]")
+    if state.api_runs:
+        rows.add_row("OpenAI base URL", f"{state.api_url}/v1")
+        rows.add_row("API reference", f"{state.api_url}/docs")
+    rows.add_row(
+        "Ray", f"{state.ray.num_cpus} logical CPUs" if state.ray.is_alive() else "[red]not running[/]"
+    )
+    rows.add_row("data", escape(str(state.home)))
+    return Panel(rows, title="cl-peft", title_align="left", expand=False)
+
+
+# ------------------------------------------------------------------------------------------------------- jobs
+
+
+@app.command(rich_help_panel=JOBS)
+def submit(
+    file: Annotated[
+        Path, typer.Argument(metavar="JOB.yaml", exists=True, dir_okay=False, help="Job specification.")
+    ],
+    watch_it: Annotated[
+        bool, typer.Option("--watch", "-w", help="Show the progress until the job ends.")
+    ] = False,
+) -> None:
+    """Submit a job. Data sets named by a file's path are uploaded first."""
+    from service.job_files import read_yaml, upload_local_datasets
+
+    spec = read_yaml(file)
+    with connect() as client:
+        tasks = spec.get("tasks")
+        if isinstance(tasks, list):
+            spec["tasks"] = upload_local_datasets(tasks, file.parent, client, progress=out.print)
+        job = client.submit(spec)
+        out.print(f"job {job['id']} trains adapter {job['adapter']}")
+        if watch_it:
+            _watch(client, job["id"])
+        else:
+            out.print(f"follow it with: clpeft watch {job['id']}")
+
+
+@app.command(rich_help_panel=JOBS)
+def append(
+    job: Annotated[str, typer.Argument(metavar="JOB", help="Id of a finished or running job.")],
+    file: Annotated[Path, typer.Argument(metavar="TASK.yaml", exists=True, dir_okay=False, help="One task.")],
+    watch_it: Annotated[
+        bool, typer.Option("--watch", "-w", help="Show the progress until the job ends.")
+    ] = False,
+) -> None:
+    """Add one task to a job: it is trained from the newest version, and nothing earlier is trained again."""
+    from service.job_files import read_yaml, upload_local_datasets
+
+    with connect() as client:
+        [task] = upload_local_datasets([read_yaml(file)], file.parent, client, progress=out.print)
+        client.append_task(job, task)
+        out.print(f"task {task.get('name')} is appended to {job}")
+        if watch_it:
+            _watch(client, job)
+
+
+@app.command(rich_help_panel=JOBS)
+def watch(job: Annotated[str, typer.Argument(metavar="JOB")]) -> None:
+    """Show a job's progress until it ends, then its scores."""
+    with connect() as client:
+        _watch(client, job)
+
+
+@app.command(rich_help_panel=JOBS)
+def jobs(limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newest first.")] = 20) -> None:
+    """List jobs, newest first."""
+    with connect() as client:
+        found = client.jobs(limit=limit)
+    if not found:
+        out.print("no jobs yet; submit one with: clpeft submit JOB.yaml")
+        return
+    table = Table("job", "name", "adapter", "state", "tasks", "created")
+    for job in found:
+        tasks = f"{job['num_committed']}/{job['num_tasks']}"
+        table.add_row(job["id"], job["name"], job["adapter"], job["state"], tasks, job["created_at"][:19])
+    out.print(table)
+
+
+@app.command(rich_help_panel=JOBS)
+def matrix(job: Annotated[str, typer.Argument(metavar="JOB")]) -> None:
+    """Show what a job learnt and what it forgot."""
+    from service.show import matrix_table, scalars_table
+
+    with connect() as client:
+        found = client.matrix(job)
+    out.print(matrix_table(found))
+    out.print(scalars_table({"value": found}))
+
+
+@app.command(rich_help_panel=JOBS)
+def cancel(job: Annotated[str, typer.Argument(metavar="JOB")]) -> None:
+    """Stop a job at its next step; finished tasks stay."""
+    with connect() as client:
+        found = client.cancel(job)
+    out.print(f"job {job} is {found['state']}")
+
+
+def _watch(client: Client, job_id: str) -> None:
+    from service.show import matrix_table, scalars_table, show_events
+
+    client.job(job_id)  # an unknown id is refused here
+    try:
+        show_events(out, client.events(job_id))
+    except KeyboardInterrupt:
+        out.print(f"the job goes on; come back with: clpeft watch {job_id}")
+        raise typer.Exit(130) from None
+    job = client.job(job_id)
+    if job["num_committed"]:
+        found = client.matrix(job_id)
+        out.print(matrix_table(found))
+        out.print(scalars_table({"value": found}))
+    if job["state"] != "succeeded":
+        fail(f"job {job_id} {job['state']}: {job.get('message') or job.get('reason') or 'no reason given'}")
+    out.print(f"job {job_id} succeeded; ask its adapter with: clpeft chat {job['adapter']}")
+
+
+# --------------------------------------------------------------------------------------------------- adapters
+
+
+@app.command(rich_help_panel=ADAPTERS)
+def adapters() -> None:
+    """List adapters and their newest versions."""
+    with connect() as client:
+        found = client.adapters()
+    if not found:
+        out.print("no adapters yet; the first appears when a job's first task is trained")
+        return
+    table = Table("adapter", "newest version", "job", "updated")
+    for adapter in found:
+        row = [
+            adapter["name"],
+            f"v{adapter['latest_version']}",
+            adapter["job_id"],
+            adapter["updated_at"][:19],
+        ]
+        table.add_row(*row)
+    out.print(table)
+
+
+@app.command(rich_help_panel=ADAPTERS)
+def chat(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="name, name@vN or name@alias")],
+    message: Annotated[str | None, typer.Option("--message", "-m", help="Ask once and leave.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest answer.")] = 128,
+) -> None:
+    """Talk to an adapter. Adapters trained on plain prompts complete the text as it is."""
+    from service.chat import Conversation
+
+    with connect() as client:
+        conversation = Conversation(client, adapter, max_tokens=max_tokens)
+        ask: Callable[[str], None] = lambda text: _stream(conversation.ask(text))  # noqa: E731
+        if message is not None:
+            ask(message)
+            return
+        out.print(f"[dim]{conversation.describe()}; an empty line or Ctrl-D leaves[/]")
+        with _quiet_interrupt():
+            while text := out.input("[bold]> [/]"):
+                ask(text.replace("\\n", "\n"))
+
+
+def _stream(pieces: Iterator[str]) -> None:
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+@contextmanager
+def _quiet_interrupt() -> Iterator[None]:
+    try:
+        yield
+    except (KeyboardInterrupt, EOFError):
+        out.print()
+
+
+# ----------------------------------------------------------------------------------------------------- models
+
+
+@model_app.command("prepare")
+def model_prepare(name: Annotated[str, typer.Argument(help="smollm2-135m")]) -> None:
+    """Fetch, check and convert a known model once; later calls only say where it is."""
+    from service.models import prepare_model
+
+    with out.status("preparing") as status:
+        path = prepare_model(name, Settings().models_dir, progress=lambda text: status.update(text))
+    out.print(f"{name} is ready: {path}", soft_wrap=True)
+
+
+@model_app.command("add")
+def model_add(
+    name: Annotated[str, typer.Argument(help="Its name in base_model.id of a job.")],
+    source: Annotated[
+        str, typer.Argument(metavar="FOLDER_OR_HUB_ID", help="A folder, org/name or org/name@revision.")
+    ],
+) -> None:
+    """Add a causal language model: safetensors, configuration and tokenizer."""
+    from service.models import add_model
+
+    with out.status("adding") as status:
+        path = add_model(name, source, Settings().models_dir, progress=lambda text: status.update(text))
+    out.print(f"{name} is ready: {path}", soft_wrap=True)
+
+
+@model_app.command("list")
+def model_list() -> None:
+    """List the base models on this machine."""
+    from service.models import PREPARED_MODELS, list_models
+
+    found = list_models(Settings().models_dir)
+    table = Table("model", "architecture", "size", "from")
+    for info in found:
+        table.add_row(info.name, info.architecture, f"{info.bytes / 1e6:.0f} MB", info.source)
+    if found:
+        out.print(table)
+    missing = sorted(set(PREPARED_MODELS) - {info.name for info in found})
+    for name in missing:
+        out.print(f"not here yet: {name}; fetch it with: clpeft model prepare {name}")
+
+
+# ------------------------------------------------------------------------------------------------------- demo
+
+
+@app.command(rich_help_panel=SERVICE)
+def demo(
+    tasks: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True, file_okay=False, help="Folder of <task>/train.jsonl and <task>/test.jsonl."
+        ),
+    ] = None,
+    json_path: Annotated[Path | None, typer.Option("--json", help="Write figures and targets here.")] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Training steps per task.")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="Leave the service running at the end.")] = False,
+) -> None:
+    """Show everything on a real model: train three tasks with and without a strategy, compare, and ask the result."""
+    from service.demo import run_demo
+
+    raise typer.Exit(run_demo(out, tasks_dir=tasks, json_path=json_path, num_steps=steps, keep=keep))
+
+
+def connect() -> Client:
+    """Return a client of the service: CLPEFT_URL, else the one that runs on this machine. Raises ApiError."""
+    from service import embedded
+
+    if url := os.environ.get("CLPEFT_URL"):
+        return Client(url)
+    state = embedded.read_state(Settings().home)
+    if state is None or not state.api_runs:
+        raise ApiError(
+            "no service runs here; start one with 'clpeft up', or set CLPEFT_URL to the address of another"
+        )
+    return Client(state.api_url)

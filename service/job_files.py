@@ -1,0 +1,65 @@
+"""Job and task files as users write them: YAML whose data sets may be local files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from service.client import ApiError, Client
+
+DATASET_FIELDS = ("dataset", "eval_dataset")
+
+
+class JobFileError(ApiError):
+    """A job or task file cannot be used."""
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """Read a file that holds one mapping. Raises JobFileError with the line."""
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise JobFileError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(value, dict):
+        raise JobFileError(f"{path} must hold fields such as 'name:', not {type(value).__name__}")
+    return value
+
+
+def upload_local_datasets(
+    tasks: list[Any], folder: Path, client: Client, *, progress: Callable[[str], None]
+) -> list[Any]:
+    """Return the tasks with file paths replaced by the ids of uploaded data sets; relative paths start at folder.
+
+    All files are looked up before the first upload. Raises JobFileError for a file that is not there.
+    """
+    found: dict[str, Path] = {}
+    for task in tasks:
+        for field in DATASET_FIELDS:
+            value = task.get(field) if isinstance(task, dict) else None
+            if isinstance(value, str) and not re.fullmatch(r"ds_[0-9a-z]+", value):
+                found[value] = _find_file(value, folder, f"{field} of task {task.get('name')!r}")
+    ids: dict[str, str] = {}
+    for value, path in found.items():
+        name = re.sub(r"[^a-z0-9_-]+", "-", f"{path.parent.name}-{path.stem}".lower()).strip("-_")[:63]
+        dataset = client.upload_dataset(name or "dataset", path)
+        progress(f"uploaded {value}: {dataset['num_rows']} rows")
+        ids[value] = dataset["id"]
+    return [
+        {**task, **{field: ids[task[field]] for field in DATASET_FIELDS if task.get(field) in ids}}
+        if isinstance(task, dict)
+        else task
+        for task in tasks
+    ]
+
+
+def _find_file(value: str, folder: Path, where: str) -> Path:
+    path = folder / Path(value).expanduser()
+    if not path.is_file():
+        raise JobFileError(
+            f"{where}: {value!r} is neither the id of a data set (ds_...) nor a file at {path}"
+        )
+    return path
