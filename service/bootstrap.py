@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-import os
-
 import uvicorn
 from fastapi import FastAPI
 
 from service.adapters.storage import Storage
+from service.api.app import create_app
+from service.db.session import open_database
+from service.jobs.runner import RayJobRunner
 from service.settings import Settings
 
 
 def build_app(settings: Settings) -> FastAPI:
     """Make the control plane with its database, storage and Ray Jobs API; it runs the reconciler itself."""
-    if settings.ray_token_path is not None:  # before anything imports ray
-        os.environ["RAY_AUTH_MODE"] = "token"
-        os.environ["RAY_AUTH_TOKEN_PATH"] = str(settings.ray_token_path)
-    from service.api.app import create_app
-    from service.db.session import open_database
-    from service.jobs.runner import RayJobRunner
-
     return create_app(
         settings,
         sessions=open_database(settings.database_url),
         storage=Storage(settings.storage_url),
-        runner=RayJobRunner(settings),
+        runner=RayJobRunner(settings.ray_dashboard_url, token_path=settings.ray_token_path),
     )
 
 

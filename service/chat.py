@@ -61,5 +61,6 @@ class Conversation:
 
 
 def is_chat_adapter(adapter: dict[str, Any]) -> bool:
-    """Was the adapter trained on messages rather than on prompts?"""
-    return bool(adapter["data_format"] == "chat")
+    """Was the newest version trained on messages rather than on prompts?"""
+    newest = max(adapter["versions"], key=lambda version: version["version"])
+    return bool(newest["data_format"] == "chat")

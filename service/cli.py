@@ -1,14 +1,17 @@
-"""The `clpeft` command: run the service on this machine, submit jobs, watch them, talk to adapters."""
+"""The `clpeft` command: run the service on this machine, submit jobs, watch them, talk to adapters.
+
+Longer than other files: one short function per command, all in one place. Heavy imports wait until needed.
+"""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -19,9 +22,16 @@ from rich.table import Table
 from service.client import ApiError, Client
 from service.settings import Settings
 
+if TYPE_CHECKING:
+    from service.chat import Conversation
+    from service.embedded import EmbeddedState
+
 app = typer.Typer(
-    name="clpeft", help="Train one adapter of a language model over a growing sequence of tasks, and serve
-    every version of it.", no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    name="clpeft",
+    help="Train one adapter of a language model over a growing sequence of tasks, and serve every version.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 model_app = typer.Typer(help="Base models on this machine.", no_args_is_help=True)
@@ -34,7 +44,7 @@ out = Console(highlight=False)
 def main() -> None:
     """Run the command line. A user's mistake is one clear text on stderr and exit code 1 or 2."""
     from service.embedded import EmbeddedError
-    from service.models import ModelError
+    from service.model_files import ModelError
 
     try:
         app()
@@ -64,10 +74,10 @@ def up(
     the API ended, this starts a new one beside the Ray that still runs, and training there goes on.
     """
     from service import embedded
-    from service.processes import exit_on_sigterm
+    from service.processes import interrupt_on_signals
 
     settings = Settings() if port is None else Settings(port=port)
-    exit_on_sigterm()
+    interrupt_on_signals()
     try:
         with out.status("starting") as status:
             state = embedded.up(settings, progress=lambda text: status.update(text))
@@ -139,7 +149,7 @@ def _end(settings: Settings) -> None:
         out.print("everything has ended")
 
 
-def _panel(state: Any) -> Panel:
+def _panel(state: EmbeddedState) -> Panel:
     rows = Table.grid(padding=(0, 2))
     rows.add_row("API", f"[bold]{state.api_url}[/]" if state.api_runs else "[red]not running[/]")
     if state.api_runs:
@@ -288,23 +298,22 @@ def chat(
     message: Annotated[str | None, typer.Option("--message", "-m", help="Ask once and leave.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, max=4096, help="Longest answer.")] = 128,
 ) -> None:
-    """Talk to an adapter. Adapters trained on plain prompts complete the text as it is."""
+    """Talk to an adapter. One trained on plain prompts gets the text as it is; \\n in it is a new line."""
     from service.chat import Conversation
 
     with connect() as client:
         conversation = Conversation(client, adapter, max_tokens=max_tokens)
-        ask: Callable[[str], None] = lambda text: _stream(conversation.ask(text))  # noqa: E731
         if message is not None:
-            ask(message)
+            _answer(conversation, message)
             return
         out.print(f"[dim]{conversation.describe()}; an empty line or Ctrl-D leaves[/]")
         with _quiet_interrupt():
             while text := out.input("[bold]> [/]"):
-                ask(text.replace("\\n", "\n"))
+                _answer(conversation, text)
 
 
-def _stream(pieces: Iterator[str]) -> None:
-    for piece in pieces:
+def _answer(conversation: Conversation, text: str) -> None:
+    for piece in conversation.ask(text.replace("\\n", "\n")):
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
@@ -377,7 +386,7 @@ def demo(
     steps: Annotated[int | None, typer.Option(min=1, help="Training steps per task.")] = None,
     keep: Annotated[bool, typer.Option("--keep", help="Leave the service running at the end.")] = False,
 ) -> None:
-    """Show everything on a real model: train three tasks with and without a strategy, compare, and ask the result."""
+    """Show everything on a real model: train three tasks with and without a strategy, compare, ask."""
     from service.demo import run_demo
 
     raise typer.Exit(run_demo(out, tasks_dir=tasks, json_path=json_path, num_steps=steps, keep=keep))

@@ -20,7 +20,8 @@ from typing import Any, Self
 
 import httpx
 
-FINAL_EVENTS = frozenset({"job.succeeded", "job.failed", "job.cancelled"})
+FINAL_STATES = frozenset({"succeeded", "failed", "cancelled"})
+FINAL_EVENTS = frozenset(f"job.{state}" for state in FINAL_STATES)
 Json = dict[str, Any]
 
 
@@ -116,12 +117,14 @@ class Client:
         is_final = False
         deadline = time.monotonic() + self._reconnect_s
         while True:
+            seen = last
             try:
                 for event in self._stream(job_id, last):
                     last, is_final = event.id, event.type in FINAL_EVENTS
                     deadline = time.monotonic() + self._reconnect_s
                     yield event
-                if is_final:
+                # the server ends the stream when the job has ended, and also when it is stopped itself
+                if is_final or (last == seen and self.job(job_id)["state"] in FINAL_STATES):
                     return
             except httpx.TransportError as error:
                 if time.monotonic() > deadline:

@@ -21,7 +21,7 @@ import httpx
 import psutil
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from service.processes import MARKER, ProcessRef, end_family, free_ports, port_is_free, spawn
+from service.processes import MARKER, ProcessRef, end_family, free_ports, port_is_free, spawn, uninterrupted
 from service.ray_head import (
     RayHead,
     RayStartError,
@@ -125,10 +125,10 @@ def up(settings: Settings, *, progress: Progress = lambda _: None) -> EmbeddedSt
             _wait_api(state)
             _wait_serve(embedded_settings(settings, state))
         except BaseException as error:
-            if state is not None:
+            if state is not None and adopted:
                 stop_api(state)
-                if not adopted:
-                    _end(state)
+            elif state is not None:
+                _end(state)
             if isinstance(error, RayStartError):
                 raise EmbeddedError(str(error)) from error
             raise
@@ -147,7 +147,8 @@ def down(home: Path) -> list[psutil.Process] | None:
 def stop_api(state: EmbeddedState) -> None:
     """End the API alone; Ray and a training run go on, and `up` starts a new API beside them."""
     if state.api is not None:
-        end_family([state.api], state.api_marker)
+        with uninterrupted():
+            end_family([state.api], state.api_marker)
 
 
 def embedded_settings(settings: Settings, state: EmbeddedState) -> Settings:
@@ -222,10 +223,11 @@ def _wait_serve(settings: Settings) -> None:
 
 
 def _end(state: EmbeddedState) -> list[psutil.Process]:
-    stop_api(state)
-    survivors = stop_ray(state.ray)
-    if not survivors:
-        _state_path(state.home).unlink(missing_ok=True)
+    with uninterrupted():
+        stop_api(state)
+        survivors = stop_ray(state.ray)
+        if not survivors:
+            _state_path(state.home).unlink(missing_ok=True)
     return survivors
 
 

@@ -32,7 +32,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 def upload_local_datasets(
     tasks: list[Any], folder: Path, client: Client, *, progress: Callable[[str], None]
 ) -> list[Any]:
-    """Return the tasks with file paths replaced by the ids of uploaded data sets; relative paths start at folder.
+    """Return the tasks with file paths, relative to folder, replaced by the ids of uploaded data sets.
 
     All files are looked up before the first upload. Raises JobFileError for a file that is not there.
     """

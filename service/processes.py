@@ -9,7 +9,7 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,6 +146,32 @@ def port_is_free(host: str, port: int) -> bool:
     return True
 
 
+def interrupt_on_signals() -> None:
+    """Turn SIGTERM and SIGHUP into KeyboardInterrupt, so that one clean-up path serves all. Main thread only."""
+
+    def interrupt(_signal: int, _frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGHUP, interrupt)
+
+
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let a clean-up finish: a second Ctrl-C inside the block does nothing. Other threads get no signals anyway."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {
+        kind: signal.signal(kind, signal.SIG_IGN) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    }
+    try:
+        yield
+    finally:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+
 class MemoryWatch:
     """Sample the summed proportional memory (PSS) of this process and a service; keep the peak in bytes."""
 
@@ -208,12 +234,3 @@ def _wait_gone(processes: list[psutil.Process], timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while any(_runs(process) for process in processes) and time.monotonic() < deadline:
         time.sleep(0.05)
-
-
-def exit_on_sigterm() -> None:
-    """Turn SIGTERM into KeyboardInterrupt, so that one clean-up path serves both. Main thread only."""
-
-    def interrupt(_signal: int, _frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, interrupt)

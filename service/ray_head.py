@@ -103,6 +103,7 @@ def launch_ray(
     variables = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     variables |= {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
+        "TMPDIR": str(temp_dir),  # so that what Ray's processes leave there goes with it
         "OMP_WAIT_POLICY": "PASSIVE",  # two processes that spin on two cores slow each other tenfold
         "TOKENIZERS_PARALLELISM": "false",
         "DASHBOARD_METRIC_PORT": str(dashboard_metrics),

@@ -159,16 +159,17 @@ def _event_lines(event: JobEvent) -> list[str]:
 def matrix_table(matrix: Mapping[str, Any], *, title: str = "accuracy") -> Table:
     """Show a[i][j], the score on task j after training task i, with the untrained model's scores above."""
     names = list(matrix["tasks"])
-    table = Table(title=title, title_justify="left", title_style="bold")
+    table = Table(title=title, title_justify="left", title_style="bold", min_width=len(title))
     table.add_column("after training")
     for name in names:
         table.add_column(name, justify="right")
-    base = matrix.get("base") or []
+    base = matrix["base_scores"]
     if any(score is not None for score in base):
         table.add_row("(nothing)", *(_score(score) for score in base), style="dim")
     for i, row in enumerate(matrix["matrix"]):
-        cells = [f"[bold]{_score(score)}[/]" if i == j else _score(score) for j, score in enumerate(row)]
-        table.add_row(names[i], *cells, *[""] * (len(names) - len(cells)))
+        cells = [_score(score) if j <= i or score is not None else "" for j, score in enumerate(row)]
+        cells[i] = f"[bold]{cells[i]}[/]"
+        table.add_row(names[i], *cells)
     return table
 
 

@@ -1,8 +1,7 @@
-"""The diagonal Fisher information of trainable parameters: squares of per-sample gradients, from one backward pass.
+"""The diagonal Fisher information: squared per-row gradients of trainable parameters from one backward pass.
 
 The gradient of one row with respect to a Linear weight is the sum over tokens of (output gradient) x (input).
-Both factors of all rows are there after a single backward pass of the summed loss, so nothing runs row by
-row.
+Both factors of all rows are there after one backward pass of the summed loss: nothing runs row by row.
 Legend: B rows, L tokens, I in, O out.
 """
 
@@ -31,8 +30,8 @@ def squared_gradients(
     were. Local to this process.
     Cost: one forward and backward per batch; memory: one gradient per row of a batch.
 
-    Raises FisherError for a parameter outside Linear and Conv1D, or when every LoRA B is 0 (A's Fisher is
-    then 0).
+    Raises FisherError for a parameter of the output head or outside Linear and Conv1D, or when every LoRA B
+    is 0 (A's Fisher is then 0).
     Source: Kirkpatrick et al. 2017; labels from the data (empirical), see van de Ven 2025 (arXiv 2502.11756).
     """
     _refuse_untrained_lora(params)
@@ -44,10 +43,13 @@ def squared_gradients(
         for batch in batches:
             per_row.clear()
             nll, _ = completion_nll(inner, batch)
-            # The gradients themselves are not wanted: autograd.grad leaves every .grad alone and runs the
-            # hooks.
+            # Only the hooks are wanted, and autograd.grad leaves every .grad alone.
             torch.autograd.grad(nll.sum(), parameters, allow_unused=True)
             for name, gradient_B in per_row.items():
+                if gradient_B.shape[0] != nll.shape[0]:  # completion_nll gives the head all rows as one
+                    raise FisherError(
+                        f"{name!r} belongs to the output head; take the head out of the adapter"
+                    )
                 total[name] += gradient_B.float().square().sum(0)
             num_rows += nll.shape[0]
     return total, num_rows
@@ -55,7 +57,7 @@ def squared_gradients(
 
 @contextmanager
 def _per_row_gradients(model: nn.Module, params: Params) -> Iterator[dict[str, Tensor]]:
-    """Collect name -> per-row gradient, shape (B, *parameter), during every backward pass inside the block."""
+    """Collect name -> per-row gradient, shape (B, *parameter), from every backward pass in the block."""
     wanted = {id(p): name for name, p in params.items()}
     found: dict[str, Tensor] = {}
     covered: set[str] = set()
@@ -83,6 +85,9 @@ def _capture(names: Mapping[str, str], found: dict[str, Tensor], is_transposed: 
         if not output.requires_grad:  # the first pass of a checkpointed block
             return
         x_BLI = args[0].detach()
+        if x_BLI.dim() != 3:
+            name, shape = next(iter(names.values())), tuple(x_BLI.shape)
+            raise FisherError(f"per-sample gradients need inputs (rows, tokens, in); {name!r} got {shape}")
 
         def on_gradient(g_BLO: Tensor) -> None:
             if "weight" in names:
@@ -92,7 +97,7 @@ def _capture(names: Mapping[str, str], found: dict[str, Tensor], is_transposed: 
             if "bias" in names:
                 add(names["bias"], g_BLO.sum(1))
 
-        output.register_hook(on_gradient)
+        output.register_hook(on_gradient)  # type: ignore[no-untyped-call]
 
     return hook
 

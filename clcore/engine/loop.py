@@ -54,6 +54,9 @@ class TrainConfig:
         for name in ("num_steps", "batch_size", "micro_batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("warmup_steps", "checkpoint_every_steps"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name} must be at least 0, got {getattr(self, name)}")
         for name in ("learning_rate", "max_grad_norm"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value > 0):
@@ -138,17 +141,16 @@ def fit_task(
     wrapped.train()
 
     for step in range(first_step, config.num_steps):
+        # Before mix_batch: a state taken here must not have seen this step's draw.
+        if parallel.sum_over_ranks([float(parallel.rank() == 0 and should_stop())])[0]:
+            is_stopped = True
+            on_checkpoint(_training_state(step, params, optimizer, strategy))
+            break
         rows = [dataset[i] for i in order.take(step * config.batch_size, config.batch_size)]
         with clock.strategy():
             mixed = strategy.mix_batch(rows, step=step)
         micro_batches = _split(mixed, config.micro_batch_size)
-        wants_stop = parallel.rank() == 0 and should_stop()
-        counted = sum(num_label_tokens(example) for micro in micro_batches for example in micro)
-        label_tokens, stop_votes = parallel.sum_over_ranks([counted, float(wants_stop)])
-        if stop_votes:
-            is_stopped = True
-            on_checkpoint(_training_state(step, params, optimizer, strategy))
-            break
+        label_tokens = sum(map(num_label_tokens, mixed))  # the same rows on every rank
         if not label_tokens:
             raise DataError(f"step {step} of task {task_id!r} has no label token in {len(mixed)} rows")
 
@@ -171,7 +173,7 @@ def fit_task(
             strategy.modify_update(params, before)
 
         num_new, num_all = (sum(len(e["input_ids"]) for e in part) for part in (rows, mixed))
-        totals += (int(label_tokens), num_all, num_all - num_new)
+        totals += (label_tokens, num_all, num_all - num_new)
         on_step(clock.report(step, first_step, config.num_steps, loss, learning_rate, num_all))
         due = config.checkpoint_every_steps and (step + 1) % config.checkpoint_every_steps == 0
         if due and step + 1 < config.num_steps:
@@ -184,20 +186,23 @@ def fit_task(
             strategy.after_training(task_id, dataset)
             metrics = strategy.metrics()
         memory.version = parallel.from_rank0(memory.commit() if parallel.rank() == 0 else 0)
+    label_total, token_total, replay_total = map(int, totals)
     return FitResult(
-        is_stopped,
-        config.num_steps,
-        loss,
-        memory.version,
-        *map(int, totals),
-        clock.total_s,
-        clock.strategy_s,
-        metrics,
+        is_stopped=is_stopped,
+        num_steps=config.num_steps,
+        final_loss=loss,
+        memory_version=memory.version,
+        label_tokens=label_total,
+        total_tokens=token_total,
+        replay_tokens=replay_total,
+        train_s=clock.total_s,
+        strategy_s=clock.strategy_s,
+        metrics=metrics,
     )
 
 
 def scheduled_learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the rate of a step (from 0): linear warm-up, then constant, linear to 0 or half a cosine to 0."""
+    """Return the rate of a step (from 0): linear warm-up, then constant, linear or cosine to 0."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / (config.warmup_steps + 1)
     progress = (step - config.warmup_steps) / max(1, config.num_steps - config.warmup_steps)
@@ -212,12 +217,12 @@ def _backward(
     model: nn.Module,
     strategy: Strategy,
     micro_batches: Sequence[Sequence[Example]],
-    label_tokens: float,
+    label_tokens: int,
     config: TrainConfig,
     device: torch.device,
     clock: _Clock,
 ) -> float:
-    """Accumulate the step's gradient over this rank's micro-batches; return the global loss without penalties."""
+    """Accumulate the gradient over this rank's micro-batches; return the global loss without penalties."""
     nll_sum = 0.0
     for i, examples in enumerate(micro_batches):
         batch = collate(examples, config.pad_token_id, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from clcore.engine.tasks import IGNORE
 
 
 def completion_nll(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the summed negative log-likelihood and the number of labels of each row, both of shape (B,), in nats.
+    """Return each row's summed negative log-likelihood, in nats, and its number of labels, both (B,).
 
     The head sees only the hidden states that predict a label, so memory and time of the logits go with the
     number of labels, not with the batch's length. Whatever the model does to its logits afterwards still
@@ -39,7 +40,7 @@ def completion_nll(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[Tenso
 
 
 def _output_head(model: nn.Module) -> nn.Module:
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    inner: Any = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     head = inner.get_output_embeddings() if hasattr(inner, "get_output_embeddings") else None
     if not isinstance(head, nn.Module):
         raise BackendError(

@@ -5,8 +5,7 @@ that the state refers to by reference ("<data set>:<row>"). A task reads the ver
 writes one new version at its end; a repeated write with the same op_id returns the same version. The last two
 versions stay readable.
 
-MemorySession is one task's view: strategies read and stage, and the loop commits everything at once from rank
-0.
+MemorySession is one task's view: strategies read and stage, and rank 0 commits everything at once.
 """
 
 from __future__ import annotations
@@ -126,7 +125,7 @@ class InProcessMemory:
         return save_state(folder, "memory", state, generation=self._generation)
 
     def restore(self, folder: Path) -> int:
-        """Load a snapshot as the newest version and return its number. Raises StateError if it does not fit."""
+        """Load a snapshot as the newest version and return its number; StateError if it does not fit."""
         state = load_state(folder, "memory", generation=self._generation)
         version = int(state["version"])
         refs = {key: tuple(of_key) for key, of_key in state["refs"].items()}
@@ -191,7 +190,7 @@ class MemorySession:
         ]
 
     def stage(self, key: str, state: State, rows: Mapping[str, Row] | None = None) -> None:
-        """Put a strategy's new state; rows: everything that it refers to (an empty row: known to the store)."""
+        """Put a strategy's new state; rows: all that it refers to (an empty row: known to the store)."""
         self._states[key] = state
         if rows is not None:
             self._rows[key] = dict(rows)

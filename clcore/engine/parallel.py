@@ -63,7 +63,7 @@ def all_reduce_sum(tensors: Sequence[Tensor]) -> None:
         group = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in group])
         dist.all_reduce(flat)
-        for tensor, part in zip(group, flat.split([t.numel() for t in group]), strict=True):
+        for tensor, part in zip(group, torch.split(flat, [t.numel() for t in group]), strict=True):
             tensor.copy_(part.view_as(tensor))
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import importlib
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 from clcore.engine.errors import CompositionError, ConfigError
 
@@ -22,6 +22,14 @@ STRATEGIES: dict[str, str] = {
     "ewc": "clcore.strategies.ewc_base:BaseEWC",
     "experience_replay": "clcore.strategies.replay_experience:ExperienceReplay",
 }
+
+KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
+    bool: ("true or false", (bool,)),
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    str: ("a string", (str,)),
+}
+"""Type of a parameter -> how errors call it, and the types that are accepted for it."""
 
 
 def strategy_class(name: str) -> type[Strategy]:
@@ -45,8 +53,16 @@ def make_config(name: str, params: Mapping[str, Any]) -> Any:
     unknown = sorted(set(params) - set(known))
     if unknown:
         raise ConfigError(
-            f"unknown parameter of strategy {name!r}: {', '.join(unknown)}; known: {', '.join(known) or 'none'}"
+            f"unknown parameter of strategy {name!r}: {', '.join(unknown)}; "
+            f"known: {', '.join(known) or 'none'}"
         )
+    hints = get_type_hints(cls)
+    for field, value in params.items():
+        if hints[field] not in KINDS:
+            continue
+        words, allowed = KINDS[hints[field]]
+        if not isinstance(value, allowed) or (isinstance(value, bool) and hints[field] is not bool):
+            raise ConfigError(f"{field} must be {words}, got {value!r}")
     return cls(**params)
 
 

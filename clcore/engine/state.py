@@ -47,17 +47,18 @@ def load_state(folder: Path, name: str, *, generation: str) -> dict[str, Any]:
     try:
         header = json.loads((folder / f"{name}.json").read_bytes())
         data = (folder / f"{name}.safetensors").read_bytes()
-    except (FileNotFoundError, json.JSONDecodeError) as error:
+    except (FileNotFoundError, ValueError) as error:  # not UTF-8 and not JSON are ValueErrors
         raise StateError(f"no readable state {name!r} in {folder}: {error}") from error
+    if not isinstance(header, dict):
+        raise StateError(f"no readable state {name!r} in {folder}: the JSON is not an object")
     if header.get("schema_version") != SCHEMA_VERSION:
         raise StateError(
             f"state {name!r} has schema {header.get('schema_version')}, this version reads {SCHEMA_VERSION}"
         )
-    if header["generation"] != generation:
-        raise StateError(
-            f"state {name!r} belongs to adapter generation {header['generation']!r}, not to {generation!r}"
-        )
-    if hashlib.sha256(data).hexdigest() != header["sha256"]:
+    if header.get("generation") != generation:
+        found = header.get("generation")
+        raise StateError(f"state {name!r} belongs to adapter generation {found!r}, not to {generation!r}")
+    if hashlib.sha256(data).hexdigest() != header.get("sha256"):
         raise StateError(f"state {name!r} in {folder} is damaged: the arrays do not match their sha256")
     state: dict[str, Any] = _join(header["state"], load(data))
     return state

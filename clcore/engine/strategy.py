@@ -211,15 +211,14 @@ class Composed(Strategy):
         for strategy in self.strategies:
             strategy.load_state_dict(state.get(strategy.name, {}))
 
-    def attach(self, optimizer: Optimizer) -> Strategy:
+    def attach(self, optimizer: Optimizer) -> Strategy:  # noqa: ARG002
         raise StrategyError("attach() each strategy by itself; a composition runs inside fit_task")
 
 
 def compose(strategies: Sequence[Strategy]) -> Strategy:
     """Join strategies into one. Raises CompositionError for a conflict (see registry.check_composition)."""
-    from clcore.engine.registry import (
-        check_composition,
-    )  # the registry names the strategies, which import this file
+    # Not at the top: the strategies that the registry names import this file.
+    from clcore.engine.registry import check_composition
 
     check_composition([strategy.name for strategy in strategies])
     models = {id(strategy.model) for strategy in strategies}

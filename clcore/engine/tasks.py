@@ -22,7 +22,7 @@ DataFormat = Literal["completion", "chat"]
 
 
 class Example(TypedDict):
-    """One row as tokens. labels equal input_ids where the loss counts, IGNORE elsewhere; both have shape (L,)."""
+    """One row as tokens, shape (L,); labels equal input_ids where the loss counts and IGNORE elsewhere."""
 
     input_ids: Tensor
     labels: Tensor
@@ -116,9 +116,8 @@ def _render(messages: list[Mapping[str, str]], tokenizer: Tokenizer) -> tuple[li
     if not full_text.startswith(prompt_text):
         raise DataError("the chat template does not keep the prompt as a prefix of the conversation")
     completion_text = full_text[len(prompt_text) :]
-    if (
-        tokenizer.eos_token and tokenizer.eos_token in completion_text
-    ):  # drop what a template puts after the end
+    if tokenizer.eos_token and tokenizer.eos_token in completion_text:
+        # A template may put more, such as a line break, after the end.
         end = completion_text.rindex(tokenizer.eos_token) + len(tokenizer.eos_token)
         completion_text = completion_text[:end]
     prompt = tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
@@ -127,7 +126,7 @@ def _render(messages: list[Mapping[str, str]], tokenizer: Tokenizer) -> tuple[li
 
 
 def _without_oldest_turn(messages: list[Mapping[str, str]]) -> list[Mapping[str, str]] | None:
-    """Drop the oldest turn (up to the next user message) after the system message; None when one turn is left."""
+    """Drop the oldest turn after the system message, up to the next user message; None for the last."""
     first = 1 if messages[0].get("role") == "system" else 0
     for i in range(first + 1, len(messages) - 1):
         if messages[i].get("role") == "user":

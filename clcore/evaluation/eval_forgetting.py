@@ -29,7 +29,7 @@ def backward_transfer(matrix: Matrix) -> float | None:
 
 
 def forgetting(matrix: Matrix) -> float | None:
-    """Mean over j < T of max over i < T of a[i][j], minus a[T][j]; None with one task. Positive: worse than its best."""
+    """Mean over j < T of max_{i<T} a[i][j] - a[T][j]; None with one task. Positive: worse than its best."""
     drops = []
     for j in range(len(matrix) - 1):
         best = [row[j] for row in matrix[:-1] if row[j] is not None]
@@ -38,12 +38,12 @@ def forgetting(matrix: Matrix) -> float | None:
 
 
 def forward_transfer(matrix: Matrix, base: Row) -> float | None:
-    """Mean over j > 1 of a[j-1][j] - b[j]; None with one task. Positive: earlier tasks helped before training."""
+    """Mean over j > 1 of a[j-1][j] - b[j]; None with one task. Positive: earlier tasks helped."""
     return _mean([_minus(matrix[j - 1][j], base[j]) for j in range(1, len(matrix))])
 
 
 def matrix_scalars(matrix: Matrix, base: Row) -> dict[str, float | None]:
-    """Return every scalar of a T x T matrix (rows may be longer: tasks that are not trained yet are left out).
+    """Return every scalar of a T x T matrix; what a longer row says about later tasks is left out.
 
     Scalars that are undefined (one task) or lack a score are None, never 0.
     """

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from clcore.engine import parallel
-from clcore.engine.errors import ConfigError, StateError
+from clcore.engine.errors import ConfigError, DataError, StateError
 from clcore.engine.fisher import squared_gradients
 from clcore.engine.loss import completion_nll
 from clcore.engine.memory import MemorySession
@@ -33,7 +33,7 @@ FISHER_BATCH_ROWS = 8
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EWCConfig:
-    """Parameters of EWC in a job; the defaults are tuned for LoRA with AdamW, unlike the original module's."""
+    """Parameters of EWC in a job; the defaults are tuned for LoRA with AdamW."""
 
     ewc_lambda: float = 100.0
     """Strength of the penalty; with normalize_fisher the largest importance of each task is 1."""
@@ -148,13 +148,17 @@ class BaseEWC(Strategy):
     def after_training(self, task_id: str, train_dataset: Any = None) -> None:
         """Estimate the task's Fisher on its rows and add it to what is protected.
 
-        Raises ConfigError without a data set, FisherError for an untrained adapter.
+        Raises ConfigError without a data set, DataError for an empty one, FisherError for an untrained
+        adapter.
         """
         if train_dataset is None:
             raise ConfigError(
                 f"EWC needs train_dataset in after_training({task_id!r}) to estimate the Fisher"
             )
-        fisher, num_rows = self._fisher(task_id, list(iter_examples(train_dataset, task_id)))
+        examples = list(iter_examples(train_dataset, task_id))
+        if not examples:
+            raise DataError(f"task {task_id!r} has no rows to estimate the Fisher on")
+        fisher, num_rows = self._fisher(task_id, examples)
         largest = max(float(f.max()) for f in fisher.values())
         if self.config.normalize_fisher and largest > 0:
             fisher = {name: f / largest for name, f in fisher.items()}
@@ -179,15 +183,15 @@ class BaseEWC(Strategy):
         """Compare a task's score with the first time this was called for it.
 
         Call once right after the task is trained and again later. eval_fn(model, data set) -> score, higher
-        is better; the default is minus the mean negative log-likelihood per label token. forgetting = first -
-        now.
+        is better; the default is minus the mean negative log-likelihood per label token. forgetting =
+        first - now.
         """
         now = float(eval_fn(self.model, eval_dataset) if eval_fn else -_mean_nll(self.model, eval_dataset))
         first = self._first_scores.setdefault(task_id, now)
         return {"first": first, "now": now, "forgetting": first - now}
 
     def get_importance_visualization(self, top_k: int = 10) -> dict[str, float]:
-        """Return the top_k parameters by mean importance, largest first: name -> mean Fisher, ready to plot."""
+        """Return the top_k parameters by mean importance, largest first: name -> mean Fisher."""
         if self.consolidated is None:
             return {}
         means = {name: float(f.mean()) for name, f in self.consolidated.importance.items()}

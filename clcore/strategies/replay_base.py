@@ -85,7 +85,7 @@ class ReplayStrategy(Strategy):
         self.stored = self.load_stored()
 
     def before_training(self, task_id: str, train_dataset: Any = None) -> Any:
-        """Start a task. Alone, return the data set with replayed rows; fit_task mixes them in step by step."""
+        """Start a task. Alone, return the data set with replayed rows; fit_task mixes them in by step."""
         self._task_id = task_id
         if self.is_bound:
             return train_dataset
@@ -98,7 +98,7 @@ class ReplayStrategy(Strategy):
         return MixedDataset(original, self._take(target, self._rng("data set")))
 
     def mix_batch(self, batch: list[Example], *, step: int) -> list[Example]:
-        """Add replayed rows to a global batch; depends on (seed, task, step) and the batch, never on the rank."""
+        """Add replayed rows to a global batch: from (seed, task, step) and the batch, never from the rank."""
         ratio = self.replay.replay_ratio
         if not self.stored or not ratio or step % self.replay.replay_frequency:
             return batch

@@ -96,6 +96,9 @@ class ExperienceReplay(ReplayStrategy):
         stage = {"refs": kept, "tasks": [task_of[ref] for ref in kept], "seen": seen}
         self.memory.stage(self.name, stage, rows={ref: dict(new.get(ref, {})) for ref in kept})
         self.finish_task()
+        self._owed_tokens = 0.0  # the next task starts as it would with a new object
+        if not self.is_bound:
+            self.stored = self.load_stored()
 
     def update_importance_scores(
         self, task_id: str, example_indices: Sequence[int], scores: Sequence[float]

@@ -10,11 +10,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from clcore.engine.registry import STRATEGIES, config_class
 from service.adapters.storage import Storage
 from service.api import (
+    openai,
     routes_adapters,
     routes_catalogue,
     routes_datasets,
@@ -54,7 +56,6 @@ def create_app(
         summary="Continual training of language-model adapters: a sequence of tasks is one job.",
         version="0.1.0",
         lifespan=lifespan,
-        max_body_size=MAX_BODY_BYTES,
     )
     app.state.settings = settings
     app.state.sessions = sessions
@@ -63,6 +64,7 @@ def create_app(
     app.state.stopping = threading.Event()
     app.state.reconciler = Reconciler(settings, sessions=sessions, storage=storage, runner=runner)
     add_problem_handlers(app)
+    app.add_middleware(BodyLimit)
     app.add_middleware(RequestId)
     for module in (
         routes_health,
@@ -99,6 +101,30 @@ class RequestId:
             await send(message)
 
         await self.app(scope, receive, send_with_id)
+
+
+class BodyLimit:
+    """Refuse a body over MAX_BODY_BYTES while it is read; uploads count for themselves."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http" or scope["path"] == routes_datasets.router.prefix:
+            await self.app(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def receive_limited() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > MAX_BODY_BYTES:
+                raise HTTPException(413, f"the body has more than {MAX_BODY_BYTES} bytes")
+            return message
+
+        await self.app(scope, receive_limited, send)
 
 
 def _import_strategies() -> None:

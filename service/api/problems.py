@@ -13,6 +13,7 @@ from fastapi.responses import JSONResponse
 from pydantic import ValidationError
 from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from service.errors import (
     Conflict,
@@ -50,6 +51,7 @@ def add_problem_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _request_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(OperationalError, _database_error)
+    app.add_exception_handler(ClientDisconnect, _disconnected)
     app.add_exception_handler(Exception, _unexpected)
 
 
@@ -60,8 +62,10 @@ def problems_of(errors: Sequence[Any], *, prefix: Sequence[str] = ()) -> list[Pr
         where = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
         pointer = "".join(f"/{part.replace('~', '~0').replace('/', '~1')}" for part in (*prefix, *where))
         detail = str(error["msg"]).removeprefix("Value error, ")
-        if isinstance(error.get("input"), str | int | float | bool) and repr(error["input"]) not in detail:
-            detail += f", got {_short(repr(error['input']))}"
+        shown = _short(repr(error.get("input")))
+        is_named = len(shown) > 3 and shown in detail
+        if isinstance(error.get("input"), str | int | float | bool) and not is_named:
+            detail += f", got {shown}"
         found.append(Problem(pointer or "/", detail))
     return found
 
@@ -126,6 +130,11 @@ def _http_error(request: Request, error: Exception) -> JSONResponse:
     code = HTTPStatus(error.status_code).phrase.lower().replace(" ", "_")
     detail = f"{request.method} {request.url.path}: {error.detail}"
     return _answer(request, error.status_code, code, detail, headers=error.headers)
+
+
+def _disconnected(request: Request, error: Exception) -> JSONResponse:  # noqa: ARG001
+    logger.info("%s %s: the client went away", request.method, request.url.path)
+    return _answer(request, 400, "client_disconnected", "the request broke off before its end")
 
 
 def _database_error(request: Request, error: Exception) -> JSONResponse:

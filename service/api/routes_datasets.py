@@ -20,12 +20,11 @@ from service.jobs.repository import get_dataset
 from service.specs import Name
 
 logger = logging.getLogger(__name__)
-UNLIMITED = 2**62  # the route counts bytes itself, so that it can tear down what it stored
 MEDIA_TYPES = ("application/x-ndjson", "application/jsonl", "application/jsonlines")
 router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
 
 
-@router.post("", status_code=201, max_body_size=UNLIMITED)
+@router.post("", status_code=201)
 async def upload(
     request: Request, name: Name, settings: SettingsDep, sessions: SessionsDep, storage: StorageDep
 ) -> DatasetView:

@@ -136,7 +136,7 @@ class VersionView(View):
     created_at: datetime
     scores: dict[str, float]
     base_scores: dict[str, float]
-    training: dict[str, float]
+    training: dict[str, float | None]
     data_format: str
     parent_dir: str | None
     task_dir: str

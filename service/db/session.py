@@ -14,7 +14,6 @@ from sqlalchemy.engine import Connection
 from sqlalchemy.orm import Session
 
 BUSY_TIMEOUT_S = 30
-_WRITES = "clpeft_writes"
 
 
 class Sessions:
@@ -36,7 +35,7 @@ class Sessions:
         In SQLite it takes the write lock at its start, so that what it read stays true until it writes.
         """
         with Session(self.engine, expire_on_commit=False) as session, session.begin():
-            session.connection(execution_options={_WRITES: True})
+            session.connection(execution_options={"clpeft_writes": True})
             yield session
 
     def close(self) -> None:
@@ -79,7 +78,7 @@ def _prepare_sqlite(connection: Any, _record: Any) -> None:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    writes = connection.get_execution_options().get(_WRITES, False)
+    writes = connection.get_execution_options().get("clpeft_writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 

@@ -33,7 +33,7 @@ def write_tasks(
     num_eval_rows: int = NUM_EVAL_ROWS,
     seed: int = SEED,
 ) -> None:
-    """Write <task>/train.jsonl and <task>/test.jsonl for the three tasks, and order.txt with their sequence."""
+    """Write <task>/train.jsonl and <task>/test.jsonl for the three tasks, and order.txt with their order."""
     for name in TASK_NAMES:
         train, evaluation = make_task(
             name, num_train_rows=num_train_rows, num_eval_rows=num_eval_rows, seed=seed

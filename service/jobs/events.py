@@ -81,7 +81,7 @@ def read_worker_events(storage: Storage, run_id: str, attempt: int, last_seq: in
 
 def _read_line(line: bytes, seq: int) -> WorkerEvent:
     try:
-        value = json.loads(line)
+        value = json.loads(line, parse_constant=lambda _: None)  # JSON has no NaN: a lost loss is null
         if value["seq"] != seq:
             raise ValueError(f"seq is {value['seq']}, expected {seq}")
         time = datetime.fromisoformat(value["time"]).astimezone(UTC)

@@ -51,6 +51,7 @@ def serve_config(settings: Settings) -> dict[str, Any]:
                     "env_vars": {
                         "OMP_NUM_THREADS": str(threads),
                         "OMP_WAIT_POLICY": "PASSIVE",
+                        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
                         "HF_HUB_DISABLE_TELEMETRY": "1",
                         "TOKENIZERS_PARALLELISM": "false",
                     }

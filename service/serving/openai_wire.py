@@ -40,7 +40,7 @@ class _Generation(BaseModel):
     temperature: float | None = Field(None, ge=0, le=2, allow_inf_nan=False)
     top_p: float | None = Field(None, gt=0, le=1, allow_inf_nan=False)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
-    stop: Stop | Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
+    stop: Annotated[list[Stop], Field(max_length=MAX_STOPS)] | None = None
 
     n: Literal[1] | None = None
     frequency_penalty: Literal[0] | None = None
@@ -51,6 +51,11 @@ class _Generation(BaseModel):
     metadata: dict[str, str] | None = None
     store: Literal[False] | None = None
     service_tier: str | None = None
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return [value] if isinstance(value, str) else value
 
     @field_validator("frequency_penalty", "presence_penalty", mode="before")
     @classmethod
@@ -72,7 +77,7 @@ class _Generation(BaseModel):
             temperature=1.0 if self.temperature is None else self.temperature,
             top_p=1.0 if self.top_p is None else self.top_p,
             seed=self.seed,
-            stop=(self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()),
+            stop=tuple(self.stop or ()),
             **given,
         )
 

@@ -17,7 +17,7 @@ from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import torch
-from peft import PeftConfig, PeftModel
+from peft import PeftConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -120,23 +120,28 @@ def attach(base: Base, folder: str, name: str) -> Attached:
     """Add an adapter's weights to its base; on the model thread. Raises ServingError naming what is wrong."""
     if not (Path(folder) / WEIGHTS).is_file():  # PEFT would go on to a pickle
         raise ServingError(f"the adapter has no {WEIGHTS}")
+    attached = Attached(base, name)
     try:
-        if PeftConfig.from_pretrained(folder).is_prompt_learning:
-            raise ServingError("prompt-learning adapters are not served")
+        config = PeftConfig.from_pretrained(folder)
+        if config.is_prompt_learning:
+            raise ValueError("prompt-learning adapters are not served")
+        config.inference_mode = True
         if base.peft is None:
-            base.peft = PeftModel.from_pretrained(base.model, folder, adapter_name=name)
-        else:
-            base.peft.load_adapter(folder, adapter_name=name)
+            base.peft = get_peft_model(base.model, config, adapter_name=name)
+        base.peft.load_adapter(folder, adapter_name=name)  # leaves all modules in eval mode
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        if base.peft is not None and name in base.peft.peft_config:
+            detach(attached)
         raise ServingError(f"the adapter does not fit base model {base.path!r}: {error}") from error
-    base.model.eval()  # PEFT's new modules start in training mode, with dropout
-    return Attached(base, name)
+    return attached
 
 
 def detach(attached: Attached) -> None:
     """Remove an adapter's weights from its base; on the model thread."""
-    assert attached.base.peft is not None
-    attached.base.peft.delete_adapter(attached.name)
+    peft = attached.base.peft
+    if others := [name for name in peft.peft_config if name != attached.name]:
+        peft.set_adapter(others[0])  # PEFT warns when it removes the active adapter
+    peft.delete_adapter(attached.name)
 
 
 def encode(base: Base, request: GenerateRequest) -> list[int]:

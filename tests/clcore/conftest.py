@@ -1,4 +1,4 @@
-"""A tiny model, a tiny tokenizer and small data sets, made in memory."""
+"""Fixtures over the builders of tiny.py."""
 
 from __future__ import annotations
 
@@ -6,67 +6,39 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
-from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
-from clcore.engine.tasks import Example, encode_row
+from clcore.engine.tasks import Example
+from tests.clcore.tiny import tiny_dataset, tiny_llama, tiny_tokenizer
 
-WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", *map(str, range(10)), ":", "?", "."]
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def tokenizer() -> PreTrainedTokenizerFast:
     """One token per character that is not a space."""
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")]
+    return tiny_tokenizer()
+
+
+@pytest.fixture
+def chat_tokenizer() -> PreTrainedTokenizerFast:
+    """A tokenizer whose chat template writes the role's first letter, ':', the content and the end token."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'][0] + ': ' + m['content'] + ' <eos>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'a:' }}{% endif %}"
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
+    return tokenizer
 
 
 @pytest.fixture
 def make_model() -> Callable[..., nn.Module]:
     """Return a factory of equal tiny LoRA models: make_model(seed=0, r=4, with_b=False)."""
-
-    def make(seed: int = 0, r: int = 4, *, with_b: bool = False) -> nn.Module:
-        torch.manual_seed(seed)
-        config = LlamaConfig(
-            vocab_size=len(WORDS),
-            hidden_size=32,
-            intermediate_size=64,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=128,
-            pad_token_id=0,
-            eos_token_id=1,
-            bos_token_id=None,
-        )
-        lora = LoraConfig(r=r, lora_alpha=2 * r, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
-        model = get_peft_model(LlamaForCausalLM(config), lora)
-        if with_b:
-            for name, parameter in model.named_parameters():
-                if "lora_B" in name:
-                    nn.init.normal_(parameter, std=0.1)
-        return model
-
-    return make
+    return tiny_llama
 
 
 @pytest.fixture
-def make_dataset(tokenizer: PreTrainedTokenizerFast) -> Callable[..., list[Example]]:
-    """Return a factory of tasks: make_dataset("t0", num_rows=16, shift=1); a letter's answer is shifted by shift."""
-
-    def make(name: str, num_rows: int = 16, shift: int = 1) -> list[Example]:
-        rows = []
-        for i in range(num_rows):
-            letter, other = chr(97 + i % 26), chr(97 + (i * 7) % 26)
-            answer = chr(97 + (i + shift) % 26) * (1 + i % 3)
-            rows.append({"prompt": f"{other} {letter} {i % 10} : ", "completion": answer})
-        return [encode_row(row, tokenizer, 64, f"{name}:{i}") for i, row in enumerate(rows)]
-
-    return make
+def make_dataset() -> Callable[..., list[Example]]:
+    """Return a factory: make_dataset("t0", num_rows=16, shift=1); a letter's answer is shifted by shift."""
+    return tiny_dataset

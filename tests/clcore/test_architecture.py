@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import importlib.util
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -76,3 +77,15 @@ def test_every_strategy_of_the_registry_has_a_file_in_the_catalogue(name: str) -
         node.name for node in ast.parse(Path(spec.origin).read_text()).body if isinstance(node, ast.ClassDef)
     ]
     assert class_name in classes
+
+
+def test_the_readmes_tree_names_every_file_and_no_other() -> None:
+    text = (ROOT / "README.md").read_text()
+    tree = text[text.index("## The tree") : text.index("## On Kubernetes")]
+    named = set(re.findall(r"\b(\w+\.py)\b", tree))
+    packages = (ROOT / "clcore", ROOT / "service")
+    files = {file for package in packages for file in package.rglob("*.py") if file.name != "__init__.py"}
+    # Folders that the tree names as a whole.
+    listed = {file.name for file in files if file.parent.name not in ("demo_tasks", "migrations", "versions")}
+    listed = {name for name in listed if not name.startswith("routes_")}
+    assert named == listed

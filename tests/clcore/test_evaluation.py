@@ -1,0 +1,135 @@
+"""Scalars of hand-made accuracy matrices, and exact match on a model that has learnt something."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from clcore.engine.errors import ConfigError
+from clcore.engine.loop import TrainConfig, fit_task
+from clcore.evaluation import matrix_scalars
+from clcore.evaluation.exact_match import exact_match_answers
+from clcore.strategies.none import NoStrategy
+from tests.clcore.tiny import fill_b, new_session, tiny_learner, tiny_llama, tiny_stream
+
+BASE = [0.1, 0.2, 0.3]
+MATRIX = [
+    [0.9, 0.3, 0.2],
+    [0.6, 0.8, 0.5],
+    [0.5, 0.6, 0.7],
+]
+
+
+def test_every_scalar_of_a_matrix_worked_out_by_hand() -> None:
+    scalars = matrix_scalars(MATRIX, BASE)
+    expected = {
+        "average_accuracy": 0.6,  # (0.5 + 0.6 + 0.7) / 3
+        "learning_accuracy": 0.8,  # (0.9 + 0.8 + 0.7) / 3
+        "forgetting": 0.3,  # ((0.9 - 0.5) + (0.8 - 0.6)) / 2
+        "bwt": -0.3,  # ((0.5 - 0.9) + (0.6 - 0.8)) / 2
+        "fwt": 0.15,  # ((0.3 - 0.2) + (0.5 - 0.3)) / 2
+    }
+    assert scalars == pytest.approx(expected)
+
+
+def test_forgetting_counts_from_the_best_score_and_bwt_from_the_tasks_own_row() -> None:
+    # task 1: 0.5 when trained, 0.9 after task 2, 0.4 at the end; task 2: 0.7 and then 0.8
+    scalars = matrix_scalars([[0.5, 0.0, 0.0], [0.9, 0.7, 0.0], [0.4, 0.8, 1.0]], BASE)
+    assert scalars["forgetting"] == pytest.approx((0.5 - 0.1) / 2)
+    assert scalars["bwt"] == pytest.approx((-0.1 + 0.1) / 2)
+
+
+def test_the_last_row_never_counts_as_the_best() -> None:
+    assert matrix_scalars([[0.2, 0.0], [0.6, 0.5]], BASE)["forgetting"] == pytest.approx(-0.4)
+
+
+def test_with_one_task_transfer_and_forgetting_are_undefined() -> None:
+    assert matrix_scalars([[0.5, 0.1]], BASE) == {
+        "average_accuracy": 0.5,
+        "learning_accuracy": 0.5,
+        "forgetting": None,
+        "bwt": None,
+        "fwt": None,
+    }
+    assert set(matrix_scalars([], []).values()) == {None}
+
+
+def test_columns_of_tasks_that_are_not_trained_yet_do_not_count() -> None:
+    assert matrix_scalars([[*row, 0.0] for row in MATRIX], [*BASE, 0.0]) == matrix_scalars(MATRIX, BASE)
+
+
+def test_a_scalar_that_needs_a_missing_score_is_none_and_never_0() -> None:
+    last_missing = matrix_scalars([MATRIX[0], MATRIX[1], [None, 0.6, 0.7]], BASE)
+    assert [last_missing[name] for name in ("average_accuracy", "forgetting", "bwt")] == [None, None, None]
+    assert last_missing["learning_accuracy"] == pytest.approx(0.8)
+    base_missing = matrix_scalars(MATRIX, [0.1, None, 0.3])
+    assert base_missing["fwt"] is None
+    assert base_missing["bwt"] == pytest.approx(-0.3)
+    never_scored = matrix_scalars([[None, 0.3], [None, 0.8]], BASE)
+    assert never_scored["forgetting"] is None
+
+
+@pytest.fixture(scope="module")
+def trained() -> tuple[Any, list[tuple[int, dict[str, str]]]]:
+    """A model that has half learnt a task; its rows, numbered backwards, with prompts of three lengths."""
+    rows, dataset = tiny_stream(1)[0]
+    model = tiny_learner()
+    config = TrainConfig(num_steps=25, learning_rate=1e-2)
+    fit_task(model, NoStrategy(model), dataset, task_id="t0", config=config, memory=new_session())
+    padded = [{**row, "prompt": ". " * (i % 3) + row["prompt"]} for i, row in enumerate(rows)]
+    return model, [(10 - i, row) for i, row in enumerate([*rows, *padded])]
+
+
+def test_answers_keep_the_order_of_rows_and_do_not_depend_on_the_batch_size(
+    trained: Any, tokenizer: Any
+) -> None:
+    model, rows = trained
+    by_size = [exact_match_answers(model, tokenizer, rows, max_length=32, batch_size=n) for n in (1, 3, 16)]
+    assert by_size[0] == by_size[1] == by_size[2]
+    assert [answer.row for answer in by_size[0]] == [number for number, _ in rows]
+    assert [answer.reference for answer in by_size[0]] == [row["completion"] for _, row in rows]
+    scores = [answer.score for answer in by_size[0]]
+    assert 0 < sum(scores) < len(scores)
+    assert all(answer.score == (answer.answer == answer.reference) for answer in by_size[0])
+
+
+def test_without_the_adapter_the_base_model_answers_and_the_adapter_comes_back(
+    trained: Any, tokenizer: Any
+) -> None:
+    model, rows = trained
+    before = exact_match_answers(model, tokenizer, rows, max_length=32)
+    untrained = tiny_learner()  # B is 0: the base model
+    base = exact_match_answers(untrained, tokenizer, rows, max_length=32)
+    assert exact_match_answers(model, tokenizer, rows, max_length=32, with_adapter=False) == base
+    assert exact_match_answers(model, tokenizer, rows, max_length=32) == before
+    assert base != before
+
+
+def test_evaluation_reports_progress_and_leaves_the_mode_as_it_was(trained: Any, tokenizer: Any) -> None:
+    model, rows = trained
+    model.train()
+    done: list[int] = []
+    exact_match_answers(model, tokenizer, rows[:5], max_length=32, batch_size=2, on_batch=done.append)
+    assert done == [2, 4, 5]
+    assert model.training
+    model.eval()
+    exact_match_answers(model, tokenizer, rows[:1], max_length=32)
+    assert not model.training
+
+
+def test_no_rows_give_no_answers_and_a_bad_batch_size_is_named(trained: Any, tokenizer: Any) -> None:
+    model, rows = trained
+    assert exact_match_answers(model, tokenizer, [], max_length=32) == []
+    with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):
+        exact_match_answers(model, tokenizer, rows, max_length=32, batch_size=0)
+
+
+def test_dropout_is_off_while_answering(tokenizer: Any) -> None:
+    torch.manual_seed(0)
+    model = fill_b(tiny_llama(dropout=0.9))
+    model.train()
+    rows = [(i, row) for i, row in enumerate(tiny_stream(1)[0][0])]
+    answers = [exact_match_answers(model, tokenizer, rows, max_length=32, max_new_tokens=4) for _ in range(2)]
+    assert answers[0] == answers[1]

@@ -1,0 +1,46 @@
+"""Fixtures of the control plane's tests: settings in a temporary folder, a database, a served application."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from service.db.session import Sessions, open_database
+from service.ray_head import RayHead, running_ray
+from service.settings import Settings
+from tests.service.control import Service, run_service
+
+
+@pytest.fixture(scope="session")
+def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
+    """One Ray head for every test that needs a cluster and leaves it as it was."""
+    with running_ray(tmp_path_factory.mktemp("ray")) as running:
+        yield running
+
+
+@pytest.fixture
+def settings(tmp_path: Path) -> Settings:
+    """Small limits, and one prepared base model named tiny."""
+    model = tmp_path / "models" / "tiny"
+    model.mkdir(parents=True)
+    (model / "config.json").write_text('{"model_type": "llama"}')
+    return Settings(
+        home=tmp_path, max_upload_bytes=100_000, max_row_bytes=2_000, max_attempts=3, poll_interval_s=0.1
+    )
+
+
+@pytest.fixture
+def sessions(settings: Settings) -> Iterator[Sessions]:
+    """An empty database."""
+    opened = open_database(settings.database_url)
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def service(settings: Settings, sessions: Sessions) -> Iterator[Service]:
+    """A served control plane; the test calls reconciler.tick() itself."""
+    with run_service(settings, sessions) as running:
+        yield running

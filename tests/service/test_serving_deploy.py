@@ -1,0 +1,50 @@
+"""The Serve document; deploying it is tested with the OpenAI routes, on a cluster."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from ray.serve.schema import ServeDeploySchema
+
+from service.serving.app import ServeArgs, build
+from service.serving.deploy import deploy, serve_config
+from service.serving.engine import ServingError
+from service.settings import Settings
+
+
+def settings(home: Path, serve_url: str = "http://127.0.0.1:8123") -> Settings:
+    return Settings(home=home, serve_url=serve_url)
+
+
+def test_the_document_is_valid_and_asks_for_no_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLPEFT_SERVE_THREADS", "3")
+    document = ServeDeploySchema.model_validate(serve_config(settings(tmp_path)))
+    assert (document.http_options.host, document.http_options.port) == ("127.0.0.1", 8123)
+    (application,) = document.applications
+    assert application.runtime_env["env_vars"]["OMP_NUM_THREADS"] == "3"
+    args = ServeArgs.model_validate(application.args)
+    assert (args.num_threads, args.storage_url) == (3, f"file://{tmp_path}/storage")
+    deployment = build(application.args)._bound_deployment
+    assert deployment.ray_actor_options["num_cpus"] == 0
+
+
+@pytest.mark.parametrize("url", ["", "127.0.0.1:8000", "http://127.0.0.1", "https://127.0.0.1:8000"])
+def test_a_serve_address_without_host_and_port_is_refused(tmp_path: Path, url: str) -> None:
+    with pytest.raises(ValueError, match="serve_url must look like"):
+        serve_config(settings(tmp_path, url))
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "two", "1.5"])
+@pytest.mark.parametrize("variable", ["THREADS", "REPLICAS", "MAX_ADAPTERS"])
+def test_a_setting_that_is_no_whole_number_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv(f"CLPEFT_SERVE_{variable}", value)
+    with pytest.raises(ValueError, match=f"CLPEFT_SERVE_{variable} must be .* got '{value}'"):
+        serve_config(settings(tmp_path))
+
+
+def test_no_dashboard_address_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(ServingError, match="CLPEFT_RAY_DASHBOARD_URL"):
+        deploy(settings(tmp_path))
