@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from service import embedded
-from service.client import Client, JobEvent
+from service.client import ApiError, Client, JobEvent
 from service.demo_results import (
     BASELINE,
     BUFFER_SHARE,
@@ -58,7 +58,8 @@ TRAINING: dict[str, Any] = {
 EWC: dict[str, Any] = {"type": "ewc"}
 REPLAY: dict[str, Any] = {"type": "experience_replay", "replay_ratio": 0.3, "replay_frequency": 1}
 USER_TASKS_MAX_LENGTH = 128
-USER_TASKS_MAX_EVAL_ROWS = 60
+USER_TASKS_MAX_EVAL_ROWS = 40
+USER_TASKS_NUM_STEPS = 20
 
 
 def run_demo(
@@ -89,7 +90,9 @@ def run_demo(
             raise
         if keep:
             (home / "kept").touch()
-            console.print(f"The service stays; end it with: CLPEFT_HOME={home} clpeft down", soft_wrap=True)
+            console.print(
+                f"The service stays. Talk to the adapter, then end it:\n{_commands(home, findings)}"
+            )
         else:
             with _phase(console, findings, "shut down"):
                 survivors = embedded.down(home) or []
@@ -141,7 +144,8 @@ def _train_and_ask(
             BASELINE: [{"type": "none"}],
         }
         for name, strategy in strategies.items():
-            spec = _job_spec(planned, strategy, num_steps or NUM_STEPS, is_own=is_own)
+            default_steps = NUM_STEPS if is_own else USER_TASKS_NUM_STEPS
+            spec = _job_spec(planned, strategy, num_steps or default_steps, is_own=is_own)
             if name == STRATEGY:
                 console.print(_describe(spec, tasks, is_own=is_own))
             console.rule(f"train with strategy {name}", align="left")
@@ -156,7 +160,10 @@ def _train_and_ask(
         console.print(scalars_table(findings.matrices))
         console.rule(f"ask the newest adapter, {findings.adapter}", align="left")
         with _phase(console, findings, "ask the adapter"):
-            findings.answers = _ask(state.api_url, findings, tasks)
+            try:
+                findings.answers = _ask(state.api_url, findings, tasks)
+            except openai.APIError as error:
+                raise ApiError(f"adapter {findings.adapter} does not answer: {error.message}") from error
         console.print(answers_table(findings.answers))
 
 
@@ -238,6 +245,11 @@ def _ask(api_url: str, findings: Findings, tasks: list[DemoTask]) -> list[dict[s
 
 
 # ------------------------------------------------------------------------------------------------------ parts
+
+
+def _commands(home: Path, findings: Findings) -> str:
+    prefix = f"  CLPEFT_HOME={home} clpeft"
+    return f"{prefix} chat {findings.adapter}\n{prefix} down"
 
 
 @contextlib.contextmanager

@@ -16,6 +16,7 @@ from typing import Any
 import psutil
 from pydantic import BaseModel, ConfigDict
 
+KILL_TIMEOUT_S = 10.0
 MARKER = "CLPEFT_EMBEDDED_ID"
 """Environment variable that every process of one embedded service inherits."""
 
@@ -96,7 +97,7 @@ def end_family(roots: Iterable[ProcessRef], marker: str, *, grace_s: float = 8.0
             if process := root.process():
                 process.terminate()
     _wait_gone([process for root in roots if (process := root.process())], grace_s)
-    deadline = time.monotonic() + grace_s
+    deadline = time.monotonic() + KILL_TIMEOUT_S
     while True:
         _reap(roots)
         # members known from before count too: once the roots are gone, only its pid tells a renamed orphan
@@ -147,7 +148,7 @@ def port_is_free(host: str, port: int) -> bool:
 
 
 def interrupt_on_signals() -> None:
-    """Turn SIGTERM and SIGHUP into KeyboardInterrupt, so that one clean-up path serves all. Main thread only."""
+    """Turn SIGTERM and SIGHUP into KeyboardInterrupt: one clean-up path for all. Main thread only."""
 
     def interrupt(_signal: int, _frame: Any) -> None:
         raise KeyboardInterrupt
@@ -158,8 +159,8 @@ def interrupt_on_signals() -> None:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let a clean-up finish: a second Ctrl-C inside the block does nothing. Other threads get no signals anyway."""
-    if threading.current_thread() is not threading.main_thread():
+    """Let a clean-up finish: a second Ctrl-C inside the block does nothing."""
+    if threading.current_thread() is not threading.main_thread():  # other threads get no signals
         yield
         return
     before = {

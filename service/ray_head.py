@@ -14,7 +14,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict
 from service.processes import MARKER, ProcessRef, end_family, family, free_ports, spawn
 
 OBJECT_STORE_BYTES = 200 * 2**20
+STOP_GRACE_S = 2.0
 PORT_OPTIONS = (
     "--port",
     "--dashboard-port",
@@ -65,9 +66,7 @@ class RayHead(BaseModel):
         return {"RAY_ADDRESS": self.address, **_client_variables(self.token_path)}
 
 
-def launch_ray(
-    folder: Path, *, num_cpus: int | None = None, extra_environment: Mapping[str, str] | None = None
-) -> RayHead:
+def launch_ray(folder: Path, *, num_cpus: int | None = None) -> RayHead:
     """Start a Ray head and return at once; follow with wait_ray. Token and log go into folder.
 
     num_cpus are logical; None takes the machine's, at least 2, so that two workers fit.
@@ -110,7 +109,6 @@ def launch_ray(
         "AUTOSCALER_METRIC_PORT": str(autoscaler_metrics),
         MARKER: marker,
         **_client_variables(token_path),
-        **(extra_environment or {}),
     }
     return RayHead(
         root=spawn(command, variables, log_path),
@@ -146,7 +144,8 @@ def wait_ray(head: RayHead, *, timeout_s: float = 90.0) -> None:
 
 def stop_ray(head: RayHead) -> list[psutil.Process]:
     """End the head, its workers and its jobs, and remove its files; return the processes that survived."""
-    survivors = end_family([head.root], head.marker)
+    # left alone, Ray takes half a minute to end a Serve replica; nothing here needs that
+    survivors = end_family([head.root], head.marker, grace_s=STOP_GRACE_S)
     shutil.rmtree(head.temp_dir, ignore_errors=True)
     head.token_path.unlink(missing_ok=True)
     return survivors

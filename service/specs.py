@@ -1,7 +1,8 @@
 """What travels over the wire and through storage: job specifications and run plans.
 
-A user writes a JobSpec. The planner resolves it into a RunPlan, which is stored beside the run and is all that a
-worker reads. Strategy parameters stay plain here: their names, ranges and defaults live beside each strategy in clcore.
+A user writes a JobSpec. The planner resolves it into a RunPlan, which is stored beside the run and is all
+that a worker reads. Strategy parameters stay plain here: their names, ranges and defaults live beside each
+strategy in clcore.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ class LoraSpec(Spec):
 
     type: Literal["lora"] = "lora"
     r: int = Field(8, ge=1, le=1024)
-    lora_alpha: float = Field(16, gt=0, allow_inf_nan=False)
+    lora_alpha: int = Field(16, ge=1)
     lora_dropout: float = Field(0.0, ge=0, lt=1)
     target_modules: tuple[str, ...] | None = None
     """Module name endings; None takes PEFT's choice for the architecture."""
@@ -148,7 +149,7 @@ class JobSpec(Spec):
         return tasks
 
 
-# ----------------------------------------------------------------------------------------------- resolved, for workers
+# -------------------------------------------------------------------------------------- resolved, for workers
 
 
 class PlannedDataset(Spec):

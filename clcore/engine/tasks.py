@@ -122,6 +122,8 @@ def _render(messages: list[Mapping[str, str]], tokenizer: Tokenizer) -> tuple[li
         completion_text = completion_text[:end]
     prompt = tokenizer(prompt_text, add_special_tokens=False)["input_ids"]
     completion = tokenizer(completion_text, add_special_tokens=False)["input_ids"]
+    if tokenizer.eos_token_id is not None and completion[-1:] != [tokenizer.eos_token_id]:
+        completion = [*completion, tokenizer.eos_token_id]  # the template marks the end in another way
     return list(prompt), list(completion)
 
 

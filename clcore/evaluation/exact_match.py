@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from clcore.engine.errors import ConfigError
-from clcore.engine.tasks import Tokenizer, prompt_and_completion
+from clcore.engine.tasks import prompt_and_completion
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ def exact_match_answers(
 
 
 def _generate(
-    model: nn.Module, tokenizer: Tokenizer | Any, prompts: Sequence[list[int]], limit: int
+    model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], limit: int
 ) -> list[str]:
     device = next(model.parameters()).device
     length = max(map(len, prompts))

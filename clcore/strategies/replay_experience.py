@@ -127,7 +127,7 @@ class ExperienceReplay(ReplayStrategy):
         }
 
     def metrics(self) -> Mapping[str, float]:
-        """Return what was replayed in this task: rows available and rows kept at its start."""
+        """Return how many rows of earlier tasks this task could replay."""
         return {"stored_rows": float(len(self.stored))}
 
     def state_dict(self) -> dict[str, Any]:

@@ -25,7 +25,7 @@ _SAFE_KEY = re.compile(r"^[A-Za-z0-9][A-Za-z0-9._-]*(/[A-Za-z0-9][A-Za-z0-9._-]*
 
 
 class Storage:
-    """Read and write whole objects under one root; every write is atomic where the file system can rename."""
+    """Read and write whole objects under one root; writes are atomic where the file system can rename."""
 
     def __init__(self, url: str, **options: Any) -> None:
         self.url = url.rstrip("/")

@@ -1,7 +1,8 @@
 """The memory actor: replay buffer and Fisher state of one run, held outside the training workers.
 
-Every write is saved to storage before it is answered, so a restarted actor goes on with its last two versions. It
-imports no torch: arrays travel as numpy through Ray's object store, without copies on one machine.
+Every write is saved to storage before it is answered, so a restarted actor goes on with its last two
+versions. It imports no torch: arrays travel as numpy through Ray's object store, without copies on one
+machine.
 """
 
 from __future__ import annotations

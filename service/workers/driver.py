@@ -1,7 +1,8 @@
 """The driver of one run attempt: python -m service.workers.driver --run <id> --attempt <n>, as one Ray job.
 
-Starts the memory actor and one TorchTrainer.fit() for all pending tasks, then says in outcome.json how it ended. It
-exits with 0 whenever the outcome is written; without an outcome the control plane starts another attempt.
+Starts the memory actor and one TorchTrainer.fit() for all pending tasks, then says in outcome.json how it
+ended. It exits with 0 whenever the outcome is written; without an outcome the control plane starts another
+attempt.
 """
 
 from __future__ import annotations
@@ -13,8 +14,8 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 import ray
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.exceptions import RayActorError
+from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
@@ -40,8 +41,8 @@ def main() -> int:
 def run_attempt(storage_url: str, run_id: str, attempt: int) -> None:
     """Train the pending tasks of a run and write outcome.json.
 
-    Raises what Ray Train raises when workers died more often than allowed: the caller's exit code then asks for
-    another attempt.
+    Raises what Ray Train raises when workers died more often than allowed: the caller's exit code then asks
+    for another attempt.
     """
     storage = Storage(storage_url)
     plan = RunPlan.model_validate_json(storage.read_bytes(plan_key(run_id)))
@@ -55,7 +56,8 @@ def run_attempt(storage_url: str, run_id: str, attempt: int) -> None:
     checkpoint = newest_checkpoint(storage, plan, attempt, progress)
     memory_key = checkpoint or progress.memory_key
     memory = start_memory(storage_url, run_id, attempt, plan.generation, memory_key)
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= plan.training.num_workers
+    num_gpus = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
+    use_gpu = num_gpus >= plan.training.num_workers
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={

@@ -66,7 +66,7 @@ def finish_task(
     return key
 
 
-# -------------------------------------------------------------------------------------------------------- evaluation
+# ------------------------------------------------------------------------------------------------- evaluation
 
 
 def _evaluate_all(worker: Worker, task: PlannedTask) -> Scores:
@@ -130,7 +130,7 @@ def _on_rank0(answers: list[Answer]) -> list[Answer]:
     return sorted((a for part in gathered or [] for a in part), key=lambda answer: answer.row)
 
 
-# ----------------------------------------------------------------------------------------------------------- storing
+# ---------------------------------------------------------------------------------------------------- storing
 
 
 def _store(

@@ -1,8 +1,8 @@
 """The function that Ray Train runs on every worker: the only bridge from Ray to clcore.
 
-All workers walk the pending tasks together. Each task is trained, reported as a checkpoint, evaluated, and written to
-storage by rank 0 with its manifest last. User and data errors end the run through the worker outcome: raised, they
-would make Ray retry what cannot succeed.
+All workers walk the pending tasks together. Each task is trained, reported as a checkpoint, evaluated, and
+written to storage by rank 0 with its manifest last. User and data errors end the run through the worker
+outcome: raised, they would make Ray retry what cannot succeed.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ class Worker:
         if parallel.from_rank0(int(self.is_cancelled())):
             raise CancelledRun("cancelled on request")
 
-    # ----------------------------------------------------------------------------------------------------- one task
+    # ----------------------------------------------------------------------------------------------- one task
 
     def _do_task(
         self, task: PlannedTask, version: int, parent_dir: str | None, resume: Mapping[str, Any] | None
@@ -181,7 +181,7 @@ class Worker:
         model = self.loaded.model
         return compose([build_strategy(spec.type, spec.params, model) for spec in self.plan.strategy])
 
-    # -------------------------------------------------------------------------------------------------- checkpoints
+    # -------------------------------------------------------------------------------------------- checkpoints
 
     def _report_training(self, task: PlannedTask, version: int, training: dict[str, Any]) -> None:
         state = {

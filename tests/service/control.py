@@ -21,7 +21,7 @@ from service.adapters.storage import Storage, events_key, outcome_key, plan_key,
 from service.api.app import create_app
 from service.db.session import Sessions
 from service.db.tables import Table
-from service.jobs.runner import RayJobState, RunnerUnreachable
+from service.jobs.runner import JobRunner, RayJobState, RunnerUnreachable
 from service.reconciler import Reconciler
 from service.settings import Settings
 
@@ -139,10 +139,14 @@ def serve(app: FastAPI) -> Iterator[str]:
 
 
 @contextmanager
-def run_service(settings: Settings, sessions: Sessions, *, reconcile: bool = False) -> Iterator[Service]:
-    """Serve a control plane whose Ray is scripted."""
+def run_service(
+    settings: Settings, sessions: Sessions, *, reconcile: bool = False, real_runner: JobRunner | None = None
+) -> Iterator[Service]:
+    """Serve a control plane; its Ray is scripted unless a real runner is given."""
     storage, runner = Storage(settings.storage_url), ScriptedRunner()
-    app = create_app(settings, sessions=sessions, storage=storage, runner=runner, reconcile=reconcile)
+    app = create_app(
+        settings, sessions=sessions, storage=storage, runner=real_runner or runner, reconcile=reconcile
+    )
     with serve(app) as url, httpx.Client(base_url=url, timeout=30, trust_env=False) as client:
         yield Service(settings, sessions, storage, runner, app, client)
 

@@ -112,3 +112,9 @@ def test_an_unexpected_error_is_a_500_with_a_request_id(service: Service) -> Non
     )
     assert (dataset.status_code, dataset.json()["code"]) == (500, "internal")
     assert dataset.headers["x-request-id"] == dataset.json()["request_id"]
+
+
+def test_the_openapi_document_names_every_route(service: Service) -> None:
+    paths = service.client.get("/openapi.json").json()["paths"]
+    assert {"/v1/jobs", "/v1/jobs:plan", "/v1/jobs/{job_id}:cancel", "/v1/datasets", "/readyz"} <= set(paths)
+    assert {"post", "get"} == set(paths["/v1/jobs"])

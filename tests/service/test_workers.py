@@ -1,4 +1,4 @@
-"""Runs on a real Ray cluster, driver and workers as the control plane starts them, without a control plane."""
+"""Runs on a real Ray cluster: driver and workers as the control plane starts them, but without it."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_a_cancelled_run_stops_at_a_step_and_says_so(head: RayHead, model: Path,
     assert not storage.exists(f"{task_key(plan.run_id, 1, 0)}/manifest.json")
 
 
-# ------------------------------------------------------------------------------------------------ the memory actor
+# --------------------------------------------------------------------------------- the memory actor
 
 
 @pytest.fixture(scope="module")
@@ -231,8 +231,9 @@ def _session(actor: object, version: int, tokenizer: object) -> MemorySession:
     )
 
 
+@pytest.mark.usefixtures("connected")
 def test_a_row_altered_in_the_actor_is_what_the_next_task_trains_on(
-    connected: None, model: Path, storage: Storage
+    model: Path, storage: Storage
 ) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -263,7 +264,10 @@ def test_a_row_altered_in_the_actor_is_what_the_next_task_trains_on(
     ray.kill(actor)
 
 
-def test_the_memory_actor_survives_a_kill_with_what_it_had_answered(connected: None, storage: Storage) -> None:
+@pytest.mark.usefixtures("connected")
+def test_the_memory_actor_survives_a_kill_with_what_it_had_answered(
+    storage: Storage,
+) -> None:
     dataset = put_dataset(storage, "ds_old", letter_rows(20, 1))
     actor = start_memory(storage.url, "run_k", 1, "job/0", None)
     memory = ActorMemory(actor)
