@@ -84,14 +84,15 @@ class TaskSpec(Spec):
     epochs: float | None = Field(None, gt=0, le=1000, allow_inf_nan=False)
     steps: int | None = Field(None, gt=0, le=10_000_000)
     overrides: dict[str, Any] = Field(default_factory=dict)
-    """Fields of TrainingSpec that differ for this task: learning_rate, schedule, warmup_steps and the like."""
+    """Fields of TrainingSpec that differ for this task, such as learning_rate or schedule."""
 
     @field_validator("dataset", "eval_dataset", mode="before")
     @classmethod
     def _no_path_or_url(cls, value: Any) -> Any:
         if isinstance(value, str) and ("/" in value or "\\" in value or "." in value):
             raise ValueError(
-                f"{value!r} looks like a path or URL; upload the rows to POST /v1/datasets and give the id (ds_...)"
+                f"{value!r} looks like a path or URL; "
+                "upload the rows to POST /v1/datasets and give the id (ds_...)"
             )
         return value
 
@@ -204,5 +205,5 @@ class RunPlan(Spec):
 
     @property
     def generation(self) -> str:
-        """Names the adapter that strategy state belongs to; merging and starting afresh would make a new one."""
+        """Names the adapter that strategy state belongs to; merging and starting afresh makes a new one."""
         return f"{self.job_id}/0"

@@ -66,9 +66,7 @@ def exact_match_answers(
     return [found[number] for number, _ in rows]
 
 
-def _generate(
-    model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], limit: int
-) -> list[str]:
+def _generate(model: nn.Module, tokenizer: Any, prompts: Sequence[list[int]], limit: int) -> list[str]:
     device = next(model.parameters()).device
     length = max(map(len, prompts))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)

@@ -35,7 +35,9 @@ class Storage:
     def path(self, key: str) -> str:
         """Return the full path of a key. Raises ValueError for a key that could leave the root."""
         if not _SAFE_KEY.match(key) or ".." in key:
-            raise ValueError(f"bad storage key {key!r}: letters, digits, '.', '_', '-' and '/' only, never '..'")
+            raise ValueError(
+                f"bad storage key {key!r}: letters, digits, '.', '_', '-' and '/' only, never '..'"
+            )
         return posixpath.join(self.root, key)
 
     def uri(self, key: str) -> str:

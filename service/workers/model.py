@@ -35,7 +35,7 @@ class LoadedModel:
 
 
 def load_model(storage: Storage, plan: RunPlan, task_dir: str | None) -> LoadedModel:
-    """Load the base model and put the adapter of a version on it, or a fresh one that depends on the seed alone.
+    """Load the base model with the adapter of a version, or a fresh one that depends on the seed alone.
 
     Raises ConfigError when max_length does not fit the model, or no module has the target names.
     """

@@ -43,7 +43,7 @@ class Scores:
 def finish_task(
     worker: Worker, task: PlannedTask, version: int, parent_dir: str | None, summary: dict[str, float]
 ) -> str:
-    """Evaluate after a task and store it; returns the task's folder on every worker, after all see it complete.
+    """Evaluate after a task and store it; returns the task's folder on every worker once it is complete.
 
     Raises CancelledRun when the run is cancelled between two evaluations.
     """
@@ -70,7 +70,7 @@ def finish_task(
 
 
 def _evaluate_all(worker: Worker, task: PlannedTask) -> Scores:
-    """Score every task of the job, earlier and later ones too; the untrained model once, after the first task."""
+    """Score every task of the job; the untrained model only once, after the run's first task."""
     found = Scores()
     plan = worker.plan
     for other in (*plan.earlier_tasks, *plan.tasks):
@@ -111,7 +111,7 @@ def _answer(
 
 
 def _longest_answer(worker: Worker, rows: list[dict[str, Any]]) -> int:
-    """Tokens of the longest reference over all rows, so that the limit does not depend on a worker's share."""
+    """Tokens of the longest reference over all rows: the limit must not depend on a worker's share."""
     tokenizer = worker.loaded.tokenizer
     texts = [row["messages"][-1]["content"] if "messages" in row else row["completion"] for row in rows]
     return max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts) + 1

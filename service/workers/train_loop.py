@@ -119,7 +119,7 @@ class Worker:
     def _do_task(
         self, task: PlannedTask, version: int, parent_dir: str | None, resume: Mapping[str, Any] | None
     ) -> tuple[int, str]:
-        """Train unless a checkpoint says it is trained, evaluate, store; return the new version and folder."""
+        """Train unless a checkpoint says it is done, evaluate, store; return the new version and folder."""
         self.stop_if_cancelled()
         self.emit("task.started", task=task.name, task_index=task.index, num_steps=task.steps)
         if resume and resume["phase"] == "trained":
@@ -203,7 +203,7 @@ class Worker:
         self._report(f"task{task.index:05d}-step{task.steps:09d}", version, state)
 
     def _report(self, name: str, version: int, state: dict[str, Any]) -> None:
-        """Hand a checkpoint to Ray Train on all workers: the state and the memory that it belongs to, together."""
+        """Hand a checkpoint to Ray Train on all workers: the state and its memory, together."""
         if parallel.rank() != 0:
             ray.train.report({}, checkpoint=None, checkpoint_dir_name=name)
             return

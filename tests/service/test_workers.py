@@ -232,9 +232,7 @@ def _session(actor: object, version: int, tokenizer: object) -> MemorySession:
 
 
 @pytest.mark.usefixtures("connected")
-def test_a_row_altered_in_the_actor_is_what_the_next_task_trains_on(
-    model: Path, storage: Storage
-) -> None:
+def test_a_row_altered_in_the_actor_is_what_the_next_task_trains_on(model: Path, storage: Storage) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
