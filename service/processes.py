@@ -32,7 +32,8 @@ class ProcessRef(BaseModel):
         """Return the running process, or None when it has ended (a zombie has)."""
         try:
             found = psutil.Process(self.pid)
-            same = abs(found.create_time() - self.create_time) < 0.01
+            # creation times are counted from the boot, whose time moves a little when the clock is set
+            same = abs(found.create_time() - self.create_time) < 2.0
             return found if same and found.status() != psutil.STATUS_ZOMBIE else None
         except psutil.NoSuchProcess:
             return None

@@ -5,6 +5,7 @@ runs/<run>/plan.json                    the RunPlan, written by the control plan
 runs/<run>/desired.json                 {"state": "running" | "cancelled"}, written by the control plane
 runs/<run>/a<n>/events/<seq>.jsonl      immutable segments; <seq> is the first sequence number, 12 digits
 runs/<run>/a<n>/outcome.json            {"state", "reason", "message"}: how the driver ended
+runs/<run>/a<n>/worker_outcome.json     the same, as the workers saw it
 runs/<run>/a<n>/tasks/<i>/              one trained task, complete once manifest.json is there
 runs/<run>/train/a<n>/                  Ray Train's own checkpoints
 """
@@ -138,6 +139,11 @@ def events_key(run_id: str, attempt: int) -> str:
 def outcome_key(run_id: str, attempt: int) -> str:
     """How an attempt's driver ended."""
     return f"{attempt_key(run_id, attempt)}/outcome.json"
+
+
+def worker_outcome_key(run_id: str, attempt: int) -> str:
+    """How an attempt's workers ended; the driver turns it into the outcome."""
+    return f"{attempt_key(run_id, attempt)}/worker_outcome.json"
 
 
 def task_key(run_id: str, attempt: int, task_index: int) -> str:

@@ -11,6 +11,7 @@ import argparse
 import os
 import sys
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import ray
@@ -19,11 +20,10 @@ from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig,
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from service.adapters.storage import Storage, outcome_key, plan_key
+from service.adapters.storage import Storage, outcome_key, plan_key, worker_outcome_key
 from service.memory.actor import NAMESPACE, start_memory
 from service.specs import RunPlan
-from service.workers.progress import find_progress
-from service.workers.train_loop import newest_checkpoint, train_loop, worker_outcome_key
+from service.workers.progress import find_progress, newest_checkpoint
 
 MAX_WORKER_FAILURES = 3
 
@@ -89,6 +89,13 @@ def run_attempt(storage_url: str, run_id: str, attempt: int) -> None:
     finally:
         ray.kill(memory)
     storage.write_json(outcome_key(run_id, attempt), outcome)
+
+
+def train_loop(config: dict[str, Any]) -> None:
+    """Run on every worker; what it imports takes seconds, which the driver and Ray's controller save."""
+    from service.workers.train_loop import train_tasks
+
+    train_tasks(config)
 
 
 def _train_folder(storage: Storage, run_id: str) -> str:

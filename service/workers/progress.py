@@ -3,10 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+import tempfile
+from pathlib import Path
 
+from clcore.engine.errors import StateError
+from clcore.engine.state import load_state
 from service.adapters.manifest import MANIFEST_NAME, Manifest
 from service.adapters.storage import Storage, task_key
 from service.specs import RunPlan
+
+_CHECKPOINT_NAME = re.compile(r"^task(\d{5})-step(\d{9})$")
+
+
+def checkpoint_name(task_index: int, step: int) -> str:
+    """Name a checkpoint folder so that names sort by progress."""
+    return f"task{task_index:05d}-step{step:09d}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,3 +63,29 @@ def _newest_complete(storage: Storage, run_id: str, attempt: int, task_index: in
         if storage.exists(f"{key}/{MANIFEST_NAME}"):
             return key
     return None
+
+
+def newest_checkpoint(storage: Storage, plan: RunPlan, attempt: int, progress: Progress) -> str | None:
+    """Find an earlier attempt's newest whole checkpoint of the task that is next; None if there is none.
+
+    A checkpoint can be damaged when its writer died: only one whose files match their checksums counts.
+    """
+    wanted = plan.tasks[progress.num_done].index
+    for number in range(attempt - 1, 0, -1):
+        folder = f"runs/{plan.run_id}/train/a{number}"
+        for name in reversed(storage.names(folder)):
+            match = _CHECKPOINT_NAME.match(name)
+            if match and int(match[1]) == wanted and _is_whole(storage, f"{folder}/{name}", plan.generation):
+                return f"{folder}/{name}"
+    return None
+
+
+def _is_whole(storage: Storage, key: str, generation: str) -> bool:
+    with tempfile.TemporaryDirectory() as folder:
+        storage.get_folder(key, folder)
+        try:
+            load_state(Path(folder), "training", generation=generation)
+            load_state(Path(folder), "memory", generation=generation)
+        except StateError:
+            return False
+    return True

@@ -8,7 +8,6 @@ outcome: raised, they would make Ray retry what cannot succeed.
 from __future__ import annotations
 
 import os
-import re
 import tempfile
 import time
 from collections.abc import Mapping
@@ -28,29 +27,23 @@ from clcore.engine.params import Params
 from clcore.engine.registry import build_strategy
 from clcore.engine.state import load_state, save_state
 from clcore.engine.strategy import Strategy, compose
-from service.adapters.storage import Storage, attempt_key, desired_key, plan_key
+from service.adapters.storage import Storage, desired_key, plan_key, worker_outcome_key
 from service.memory.client import ActorMemory
 from service.specs import PlannedTask, RunPlan
 from service.workers.events import EventWriter
 from service.workers.model import LoadedModel, load_model
-from service.workers.progress import Progress, find_progress
+from service.workers.progress import Progress, checkpoint_name, find_progress
 from service.workers.rows import encode_rows, read_rows
 from service.workers.task_end import finish_task
 
 READ_DESIRED_EVERY_S = 2.0
-_CHECKPOINT_NAME = re.compile(r"^task(\d{5})-step(\d{9})$")
 
 
 class CancelledRun(Exception):
     """The control plane asked this run to stop, and all workers agreed to."""
 
 
-def worker_outcome_key(run_id: str, attempt: int) -> str:
-    """How the workers of an attempt ended; the driver turns it into the attempt's outcome."""
-    return f"{attempt_key(run_id, attempt)}/worker_outcome.json"
-
-
-def train_loop(config: dict[str, Any]) -> None:
+def train_tasks(config: dict[str, Any]) -> None:
     """Train, evaluate and store every pending task of a run. Runs on each worker of the group."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // parallel.world_size()))
     storage = Storage(config["storage_url"])
@@ -190,7 +183,7 @@ class Worker:
             "memory_version": version,
             "training": training,
         }
-        self._report(f"task{task.index:05d}-step{training['step']:09d}", version, state)
+        self._report(checkpoint_name(task.index, training["step"]), version, state)
 
     def _report_trained(self, task: PlannedTask, summary: dict[str, float], version: int) -> None:
         state = {
@@ -200,7 +193,7 @@ class Worker:
             "summary": summary,
             "params": Params.of(self.loaded.model).copies(),
         }
-        self._report(f"task{task.index:05d}-step{task.steps:09d}", version, state)
+        self._report(checkpoint_name(task.index, task.steps), version, state)
 
     def _report(self, name: str, version: int, state: dict[str, Any]) -> None:
         """Hand a checkpoint to Ray Train on all workers: the state and its memory, together."""
@@ -224,32 +217,6 @@ class Worker:
         with tempfile.TemporaryDirectory() as folder:
             self.storage.get_folder(start_checkpoint, folder)
             return load_state(Path(folder), "training", generation=self.plan.generation)
-
-
-def newest_checkpoint(storage: Storage, plan: RunPlan, attempt: int, progress: Progress) -> str | None:
-    """Find an earlier attempt's newest whole checkpoint of the task that is next; None if there is none.
-
-    A checkpoint can be damaged when its writer died: only one whose files match their checksums counts.
-    """
-    wanted = plan.tasks[progress.num_done].index
-    for number in range(attempt - 1, 0, -1):
-        folder = f"runs/{plan.run_id}/train/a{number}"
-        for name in reversed(storage.names(folder)):
-            match = _CHECKPOINT_NAME.match(name)
-            if match and int(match[1]) == wanted and _is_whole(storage, f"{folder}/{name}", plan.generation):
-                return f"{folder}/{name}"
-    return None
-
-
-def _is_whole(storage: Storage, key: str, generation: str) -> bool:
-    with tempfile.TemporaryDirectory() as folder:
-        storage.get_folder(key, folder)
-        try:
-            load_state(Path(folder), "training", generation=generation)
-            load_state(Path(folder), "memory", generation=generation)
-        except StateError:
-            return False
-    return True
 
 
 def on_rank0(read: Any) -> Any:
