@@ -57,7 +57,7 @@ def train_tasks(config: dict[str, Any]) -> None:
         outcome = {"state": "cancelled", "reason": None, "message": str(error)}
     except ClError as error:
         reason = "data_error" if isinstance(error, DataError) else "user_error"
-        reason = "storage_error" if isinstance(error, StateError) else reason
+        reason = "internal" if isinstance(error, StateError) else reason
         outcome = {"state": "failed", "reason": reason, "message": str(error)}
     except torch.OutOfMemoryError as error:
         outcome = {"state": "failed", "reason": "oom", "message": str(error)}

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import openai
 import psutil
 import pytest
@@ -143,6 +144,9 @@ def test_a_job_reports_progress_scores_and_one_version_per_task(
     for name in ("average_accuracy", "forgetting", "bwt", "fwt", "learning_accuracy"):
         assert isinstance(matrix[name], float)
     assert client.adapter("straight")["aliases"] == {"live": 2}
+    logs = httpx.get(f"{client.url}/v1/jobs/{job['id']}/logs", trust_env=False)
+    assert "Connected to Ray cluster" in logs.text
+    assert client.health()["status"] == "ready"
 
 
 @pytest.mark.usefixtures("straight")

@@ -22,19 +22,12 @@ from service.adapters.storage import Storage, desired_key, events_key, outcome_k
 from service.memory.actor import NAMESPACE, actor_name, start_memory
 from service.memory.client import ActorMemory
 from service.memory.rows import RowReader, row_ref
-from service.ray_head import RayHead, running_ray
+from service.ray_head import RayHead
 from service.specs import ParentVersion, PlannedDataset, RunPlan
 from service.workers.progress import find_progress, read_manifest
 from tests.service.tiny import letter_rows, put_dataset, put_plan, save_tiny_model
 
 pytestmark = pytest.mark.ray
-
-
-@pytest.fixture(scope="module")
-def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
-    """One Ray cluster for this file."""
-    with running_ray(tmp_path_factory.mktemp("ray")) as running:
-        yield running
 
 
 @pytest.fixture(scope="module")
@@ -50,18 +43,20 @@ def storage(tmp_path: Path) -> Storage:
 
 
 @pytest.fixture(scope="module")
-def straight(head: RayHead, model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Storage, RunPlan]:
+def straight(
+    ray_head: RayHead, model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Storage, RunPlan]:
     """An uninterrupted run of two tasks on two workers, which other runs are compared with."""
     storage = Storage(f"file://{tmp_path_factory.mktemp('straight')}/storage")
     plan = put_plan(storage, model, "run_straight", steps=12)
-    process = start_driver(head, storage, plan.run_id, 1)
+    process = start_driver(ray_head, storage, plan.run_id, 1)
     assert process.wait(240) == 0
     return storage, plan
 
 
-def start_driver(head: RayHead, storage: Storage, run_id: str, attempt: int) -> subprocess.Popen[bytes]:
+def start_driver(ray_head: RayHead, storage: Storage, run_id: str, attempt: int) -> subprocess.Popen[bytes]:
     """Start a driver as the Jobs API would; its log lands beside the storage."""
-    environment = {**os.environ, **head.environment(), "CLPEFT_STORAGE_URL": storage.url}
+    environment = {**os.environ, **ray_head.environment(), "CLPEFT_STORAGE_URL": storage.url}
     log = Path(storage.root).parent / f"{run_id}-a{attempt}.log"
     command = [sys.executable, "-m", "service.workers.driver", "--run", run_id, "--attempt", str(attempt)]
     with log.open("wb") as file:
@@ -110,10 +105,10 @@ def test_a_run_leaves_one_whole_version_per_task(straight: tuple[Storage, RunPla
 
 
 def test_one_worker_gives_the_adapter_of_two(
-    head: RayHead, model: Path, straight: tuple[Storage, RunPlan], storage: Storage
+    ray_head: RayHead, model: Path, straight: tuple[Storage, RunPlan], storage: Storage
 ) -> None:
     plan = put_plan(storage, model, "run_one", steps=12, num_workers=1)
-    assert start_driver(head, storage, plan.run_id, 1).wait(240) == 0
+    assert start_driver(ray_head, storage, plan.run_id, 1).wait(240) == 0
     one, two = (
         load_file(s.path(f"{task_key(p.run_id, 1, 1)}/adapter/adapter_model.safetensors"))
         for s, p in ((storage, plan), straight)
@@ -125,16 +120,16 @@ def test_one_worker_gives_the_adapter_of_two(
 
 
 def test_a_driver_killed_inside_a_task_goes_on_from_its_checkpoint_bit_for_bit(
-    head: RayHead, model: Path, straight: tuple[Storage, RunPlan], storage: Storage
+    ray_head: RayHead, model: Path, straight: tuple[Storage, RunPlan], storage: Storage
 ) -> None:
     plan = put_plan(storage, model, "run_cut", steps=12, checkpoint_every_steps=5)
-    driver = start_driver(head, storage, plan.run_id, 1)
+    driver = start_driver(ray_head, storage, plan.run_id, 1)
     checkpoint = f"runs/{plan.run_id}/train/a1/task00001-step000000005/training.json"
     wait_for(lambda: storage.exists(checkpoint), driver)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     assert find_progress(storage, plan, 2).num_done == 1
-    assert start_driver(head, storage, plan.run_id, 2).wait(240) == 0
+    assert start_driver(ray_head, storage, plan.run_id, 2).wait(240) == 0
     resumed = [event["data"] for event in read_events(storage, plan.run_id, 2) if event["type"] == "step"]
     assert {(data["task"], data["step"]) for data in resumed} == {("t1", step) for step in range(6, 13)}  # type: ignore[index]
     ours = adapter_bytes(storage, task_key(plan.run_id, 2, 1))
@@ -142,7 +137,7 @@ def test_a_driver_killed_inside_a_task_goes_on_from_its_checkpoint_bit_for_bit(
 
 
 def test_an_appended_run_trains_only_its_own_task_from_the_saved_state(
-    head: RayHead, model: Path, straight: tuple[Storage, RunPlan]
+    ray_head: RayHead, model: Path, straight: tuple[Storage, RunPlan]
 ) -> None:
     storage, _ = straight
     parent = ParentVersion(version=2, task_dir=task_key("run_straight", 1, 1))
@@ -152,7 +147,7 @@ def test_an_appended_run_trains_only_its_own_task_from_the_saved_state(
         for path in Path(storage.path("runs/run_straight")).rglob("*")
         if path.is_file()
     }
-    assert start_driver(head, storage, plan.run_id, 1).wait(240) == 0
+    assert start_driver(ray_head, storage, plan.run_id, 1).wait(240) == 0
     trained = {e["data"]["task"] for e in read_events(storage, plan.run_id, 1) if e["type"] == "step"}  # type: ignore[index]
     assert trained == {"t2"}
     manifest = read_manifest(storage, task_key(plan.run_id, 1, 2))
@@ -164,7 +159,7 @@ def test_an_appended_run_trains_only_its_own_task_from_the_saved_state(
 
 
 def test_a_bad_row_fails_the_run_with_its_number_and_no_retry(
-    head: RayHead, model: Path, storage: Storage
+    ray_head: RayHead, model: Path, storage: Storage
 ) -> None:
     plan = put_plan(storage, model, "run_bad", num_tasks=1)
     rows = letter_rows(20, 1)
@@ -173,7 +168,7 @@ def test_a_bad_row_fails_the_run_with_its_number_and_no_retry(
     task = plan.tasks[0].model_copy(update={"dataset": bad})
     changed = plan.model_copy(update={"tasks": (task,)})
     storage.write_bytes(f"runs/{plan.run_id}/plan.json", changed.model_dump_json().encode())
-    assert start_driver(head, storage, plan.run_id, 1).wait(240) == 0
+    assert start_driver(ray_head, storage, plan.run_id, 1).wait(240) == 0
     outcome = storage.read_json(outcome_key(plan.run_id, 1))
     assert (outcome["state"], outcome["reason"]) == ("failed", "data_error")
     assert "row 7" in outcome["message"]
@@ -182,9 +177,11 @@ def test_a_bad_row_fails_the_run_with_its_number_and_no_retry(
     assert len(starts) == 1
 
 
-def test_a_cancelled_run_stops_at_a_step_and_says_so(head: RayHead, model: Path, storage: Storage) -> None:
+def test_a_cancelled_run_stops_at_a_step_and_says_so(
+    ray_head: RayHead, model: Path, storage: Storage
+) -> None:
     plan = put_plan(storage, model, "run_stop", num_tasks=1, steps=100_000)
-    driver = start_driver(head, storage, plan.run_id, 1)
+    driver = start_driver(ray_head, storage, plan.run_id, 1)
     wait_for(lambda: any(e["type"] == "step" for e in read_events(storage, plan.run_id, 1)), driver)
     storage.write_json(desired_key(plan.run_id), {"state": "cancelled"})
     assert driver.wait(60) == 0
@@ -196,10 +193,10 @@ def test_a_cancelled_run_stops_at_a_step_and_says_so(head: RayHead, model: Path,
 
 
 @pytest.fixture(scope="module")
-def connected(head: RayHead) -> Iterator[None]:
+def connected(ray_head: RayHead) -> Iterator[None]:
     """This process as a Ray driver of the cluster."""
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in head.environment().items():
+        for name, value in ray_head.environment().items():
             patch.setenv(name, value)
         ray.init(address="auto", namespace=NAMESPACE, log_to_driver=False)
         yield
