@@ -1,6 +1,9 @@
-"""Wire the real parts together and serve the API: `python -m service.bootstrap`, settings from CLPEFT_*."""
+"""Wire the real parts together and serve the API: `clpeft api`, settings from CLPEFT_*."""
 
 from __future__ import annotations
+
+import logging
+import threading
 
 import uvicorn
 from fastapi import FastAPI
@@ -9,7 +12,12 @@ from service.adapters.storage import Storage
 from service.api.app import create_app
 from service.db.session import open_database
 from service.jobs.runner import RayJobRunner
+from service.serving.deploy import deploy
+from service.serving.engine import ServingError
 from service.settings import Settings
+
+DEPLOY_AGAIN_AFTER_S = 1.0
+logger = logging.getLogger(__name__)
 
 
 def build_app(settings: Settings) -> FastAPI:
@@ -22,18 +30,43 @@ def build_app(settings: Settings) -> FastAPI:
     )
 
 
-def main() -> None:
-    """Serve until SIGTERM or Ctrl-C."""
-    settings = Settings()
-    uvicorn.run(
-        build_app(settings),
-        host=settings.host,
-        port=settings.port,
-        log_level="info",
-        access_log=False,
-        timeout_graceful_shutdown=3,
-    )
+def serve_api(settings: Settings) -> None:
+    """Serve until SIGTERM or Ctrl-C, and have the Serve application deployed once Ray answers."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+    app = build_app(settings)
+    stopping = threading.Event()
+    thread = threading.Thread(target=_deploy, args=(settings, stopping), name="deploy-serve", daemon=True)
+    thread.start()
+    try:
+        uvicorn.run(
+            app,
+            host=settings.host,
+            port=settings.port,
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=3,
+        )
+    finally:
+        stopping.set()
+        thread.join()
+
+
+def _deploy(settings: Settings, stopping: threading.Event) -> None:
+    """Deploy the Serve application; a cluster that is not there yet is asked again and again."""
+    said = ""
+    while not stopping.is_set():
+        try:
+            deploy(settings)
+        except ServingError as error:
+            if str(error) != said:
+                said = str(error)
+                logger.warning("Ray Serve is not deployed yet: %s", said)
+            stopping.wait(DEPLOY_AGAIN_AFTER_S)
+        else:
+            logger.info("Ray Serve has its application at %s", settings.serve_url)
+            return
 
 
 if __name__ == "__main__":
-    main()
+    serve_api(Settings())

@@ -124,6 +124,21 @@ def down(
 
 
 @app.command(rich_help_panel=SERVICE)
+def api(
+    host: Annotated[str | None, typer.Option(help="Address to listen on; default 127.0.0.1.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port of the API.", min=0, max=65535)] = None,
+) -> None:
+    """Serve the API alone, beside a Ray cluster that runs elsewhere (settings from CLPEFT_*).
+
+    It asks for no keys: on an address that others reach, put something in front that does.
+    """
+    from service.bootstrap import serve_api
+
+    given = {"host": host, "port": port}
+    serve_api(Settings.model_validate({name: value for name, value in given.items() if value is not None}))
+
+
+@app.command(rich_help_panel=SERVICE)
 def status() -> None:
     """Say what runs, and where."""
     from service import embedded

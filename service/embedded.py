@@ -119,10 +119,9 @@ def up(settings: Settings, *, progress: Progress = lambda _: None) -> EmbeddedSt
             state = _launch_api(settings, state)
             _write_state(state)
             wait_ray(state.ray)
-            progress("starting Ray Serve")
-            _start_serve(embedded_settings(settings, state))
             progress("starting the API")
             _wait_api(state)
+            progress("starting Ray Serve")
             _wait_serve(embedded_settings(settings, state))
         except BaseException as error:
             if state is not None and adopted:
@@ -200,16 +199,6 @@ def _wait_api(state: EmbeddedState, *, timeout_s: float = 60.0) -> None:
             if answer.status_code == httpx.codes.OK:
                 return
         time.sleep(0.1)
-
-
-def _start_serve(settings: Settings) -> None:
-    from service.serving.deploy import deploy
-    from service.serving.engine import ServingError
-
-    try:
-        deploy(settings)
-    except ServingError as error:
-        raise EmbeddedError(str(error)) from error
 
 
 def _wait_serve(settings: Settings) -> None:

@@ -26,6 +26,11 @@ class Settings(BaseSettings):
     """Jobs API of the Ray cluster, for example http://127.0.0.1:8265."""
     serve_url: str = ""
     """HTTP address of the Ray Serve proxy, for example http://127.0.0.1:8000."""
+    serve_threads: int = Field(1, ge=1)
+    """Torch threads of a serving replica."""
+    serve_replicas: int = Field(1, ge=1)
+    serve_max_adapters: int = Field(16, ge=1)
+    """Adapters that a replica keeps in memory."""
     ray_token_path: Path | None = None
     """File (0600) with the Ray cluster's token; None when the cluster asks for none."""
     max_upload_bytes: int = Field(1024 * 2**20, ge=1)

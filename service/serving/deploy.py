@@ -5,7 +5,6 @@ The control plane never joins the Ray cluster: it sends one declarative document
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,18 +22,17 @@ _LOG_LEVEL = "WARNING"
 def serve_config(settings: Settings) -> dict[str, Any]:
     """Return the whole Serve document: one HTTP proxy at settings.serve_url and one application.
 
-    Read from the environment: CLPEFT_SERVE_THREADS, torch threads per replica (default 1);
-    CLPEFT_SERVE_REPLICAS (default 1); CLPEFT_SERVE_MAX_ADAPTERS, adapters that a replica keeps (default 16).
-
-    Raises ValueError for a Serve address without a host and port, or a setting that is no whole number.
+    A proxy that is reached on this machine listens there only; one that is reached by a name listens on
+    all addresses, because the name belongs to the cluster's network. Raises ValueError for a Serve address
+    without a host and port.
     """
     address = urlsplit(settings.serve_url)
     if address.scheme != "http" or not address.hostname or not address.port:
         raise ValueError(f"serve_url must look like http://127.0.0.1:8000, got {settings.serve_url!r}")
-    threads = _count("CLPEFT_SERVE_THREADS", 1)
+    is_local = address.hostname in ("127.0.0.1", "localhost", "::1")
     return {
         "proxy_location": "HeadOnly",
-        "http_options": {"host": address.hostname, "port": address.port},
+        "http_options": {"host": address.hostname if is_local else "0.0.0.0", "port": address.port},
         "logging_config": {"log_level": _LOG_LEVEL, "enable_access_log": False},
         "applications": [
             {
@@ -43,13 +41,13 @@ def serve_config(settings: Settings) -> dict[str, Any]:
                 "import_path": "service.serving.app:build",
                 "args": {
                     "storage_url": settings.storage_url,
-                    "num_threads": threads,
-                    "num_replicas": _count("CLPEFT_SERVE_REPLICAS", 1),
-                    "max_adapters": _count("CLPEFT_SERVE_MAX_ADAPTERS", 16),
+                    "num_threads": settings.serve_threads,
+                    "num_replicas": settings.serve_replicas,
+                    "max_adapters": settings.serve_max_adapters,
                 },
                 "runtime_env": {
                     "env_vars": {
-                        "OMP_NUM_THREADS": str(threads),
+                        "OMP_NUM_THREADS": str(settings.serve_threads),
                         "OMP_WAIT_POLICY": "PASSIVE",
                         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
                         "HF_HUB_DISABLE_TELEMETRY": "1",
@@ -131,10 +129,3 @@ def _answers(serve_url: str) -> bool:
         return httpx.get(f"{serve_url.rstrip('/')}/status", timeout=5.0, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
-
-
-def _count(variable: str, default: int) -> int:
-    text = os.environ.get(variable, str(default))
-    if not text.isdecimal() or int(text) < 1:
-        raise ValueError(f"{variable} must be a whole number from 1, got {text!r}")
-    return int(text)
