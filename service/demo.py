@@ -57,9 +57,9 @@ TRAINING: dict[str, Any] = {
 }
 EWC: dict[str, Any] = {"type": "ewc"}
 REPLAY: dict[str, Any] = {"type": "experience_replay", "replay_ratio": 0.3, "replay_frequency": 1}
-USER_TASKS_MAX_LENGTH = 128
-USER_TASKS_MAX_EVAL_ROWS = 40
-USER_TASKS_NUM_STEPS = 20
+USER_TASKS_MAX_LENGTH = 96
+USER_TASKS_MAX_EVAL_ROWS = 24
+USER_TASKS_NUM_STEPS = 15
 
 
 def run_demo(
@@ -137,15 +137,15 @@ def _train_and_ask(
     with Client(state.api_url) as client:
         with _phase(console, findings, "upload the data"):
             planned = [_upload(client, task) for task in tasks]
-        findings.num_old_rows = tasks[0].num_rows
-        findings.buffer_size = max(1, int(BUFFER_SHARE * tasks[0].num_rows))
+        steps = num_steps or (NUM_STEPS if is_own else USER_TASKS_NUM_STEPS)
+        findings.num_old_rows = min(tasks[0].num_rows, steps * TRAINING["batch_size"])
+        findings.buffer_size = max(1, int(BUFFER_SHARE * findings.num_old_rows))
         strategies: dict[str, list[dict[str, Any]]] = {
             STRATEGY: [EWC, {**REPLAY, "buffer_size": findings.buffer_size}],
             BASELINE: [{"type": "none"}],
         }
         for name, strategy in strategies.items():
-            default_steps = NUM_STEPS if is_own else USER_TASKS_NUM_STEPS
-            spec = _job_spec(planned, strategy, num_steps or default_steps, is_own=is_own)
+            spec = _job_spec(planned, strategy, steps, is_own=is_own)
             if name == STRATEGY:
                 console.print(_describe(spec, tasks, is_own=is_own))
             console.rule(f"train with strategy {name}", align="left")

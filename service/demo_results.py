@@ -13,7 +13,7 @@ from service.report import target
 
 STRATEGY, BASELINE = "ewc + experience_replay", "none"
 BUFFER_SHARE = 0.1
-"""Rows that replay may keep, as a share of the first task's rows."""
+"""Rows that replay may keep, as a share of the rows that the first task trains on."""
 MAX_DEMO_S = 900.0
 MAX_PEAK_GB = 9.0
 MAX_FIRST_STEP_S = 45.0
@@ -32,7 +32,7 @@ class Findings:
     version: int = 0
     buffer_size: int = 0
     num_old_rows: int = 0
-    """Training rows of the first task: what is old when the second one starts."""
+    """Rows that the first task trains on: what is old when the second one starts."""
     peak_bytes: int = 0
 
 
