@@ -75,7 +75,7 @@ def test_a_strategy_is_built_with_job_defaults_and_the_given_parameters() -> Non
     model = tiny_llama()
     ewc: Any = build_strategy("ewc", {"fisher_sample_size": 7}, model)
     assert ewc.config == make_config("ewc", {"fisher_sample_size": 7})
-    assert ewc.config.ewc_lambda == config_class("ewc")().ewc_lambda == 100.0
+    assert ewc.config.ewc_lambda == config_class("ewc")().ewc_lambda
     replay: Any = build_strategy("experience_replay", {"replay_ratio": 0.1}, model)
     assert (replay.replay.replay_ratio, replay.replay.replay_frequency) == (0.1, 1)
 

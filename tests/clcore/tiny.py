@@ -54,6 +54,12 @@ def tiny_llama(
     bias: str = "none",
     dropout: float = 0.0,
 ) -> nn.Module:
+    base = tiny_llama_base(seed, attention_bias=bias != "none")
+    model = with_lora(base, targets, r, bias=bias, dropout=dropout)
+    return fill_b(model) if with_b else model
+
+
+def tiny_llama_base(seed: int = 0, *, attention_bias: bool = False) -> LlamaForCausalLM:
     torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=len(WORDS),
@@ -63,13 +69,12 @@ def tiny_llama(
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=128,
-        attention_bias=bias != "none",
+        attention_bias=attention_bias,
         pad_token_id=0,
         eos_token_id=1,
         bos_token_id=None,
     )
-    model = with_lora(LlamaForCausalLM(config), targets, r, bias=bias, dropout=dropout)
-    return fill_b(model) if with_b else model
+    return LlamaForCausalLM(config)
 
 
 def tiny_gpt2_base(seed: int = 0) -> GPT2LMHeadModel:

@@ -213,12 +213,15 @@ def test_training_goes_on_while_the_api_is_restarted(
 
 def test_a_task_appended_to_a_finished_job_is_the_only_one_trained(
     running: EmbeddedState,
+    settings: Settings,
     client: Client,
     datasets: dict[str, str],
     straight: tuple[dict[str, Any], list[Any]],
 ) -> None:
     job, before = straight
     task = {"name": "t2", "dataset": datasets["train2"], "eval_dataset": datasets["eval2"], "steps": 5}
+    runs = settings.home / "storage" / "runs" / job["runs"][0]["id"]
+    files = {path: path.read_bytes() for path in runs.rglob("*") if path.is_file()}
     client.append_task(job["id"], task)
     ended, events = finish(client, job["id"])
     assert ended["state"] == "succeeded", ended
@@ -226,6 +229,7 @@ def test_a_task_appended_to_a_finished_job_is_the_only_one_trained(
     assert {event.data["task"] for event in new if event.type == "step"} == {"t2"}
     trained = next(event.data for event in new if event.type == "task.trained")
     assert trained["replay_tokens"] > 0  # the buffer of the first run was there
+    assert files == {path: path.read_bytes() for path in files}  # and nothing of it was touched
     matrix = client.matrix(job["id"])
     assert matrix["tasks"] == ["t0", "t1", "t2"]
     assert all(score is not None for score in matrix["matrix"][2])

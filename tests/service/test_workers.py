@@ -18,12 +18,12 @@ from safetensors.torch import load_file
 from clcore.engine.memory import MemorySession
 from clcore.engine.tasks import encode_row
 from clcore.strategies.replay_experience import ExperienceReplay
-from service.adapters.storage import Storage, desired_key, events_key, outcome_key, task_key
+from service.adapters.storage import Storage, events_key, outcome_key, task_key
 from service.memory.actor import NAMESPACE, actor_name, start_memory
 from service.memory.client import ActorMemory
 from service.memory.rows import RowReader, row_ref
 from service.ray_head import RayHead
-from service.specs import ParentVersion, PlannedDataset, RunPlan
+from service.specs import PlannedDataset, RunPlan
 from service.workers.progress import find_progress, read_manifest
 from tests.service.tiny import letter_rows, put_dataset, put_plan, save_tiny_model
 
@@ -136,28 +136,6 @@ def test_a_driver_killed_inside_a_task_goes_on_from_its_checkpoint_bit_for_bit(
     assert ours == adapter_bytes(straight[0], task_key("run_straight", 1, 1))
 
 
-def test_an_appended_run_trains_only_its_own_task_from_the_saved_state(
-    ray_head: RayHead, model: Path, straight: tuple[Storage, RunPlan]
-) -> None:
-    storage, _ = straight
-    parent = ParentVersion(version=2, task_dir=task_key("run_straight", 1, 1))
-    plan = put_plan(storage, model, "run_append", num_tasks=1, first=2, parent=parent)
-    before = {
-        path: path.read_bytes()
-        for path in Path(storage.path("runs/run_straight")).rglob("*")
-        if path.is_file()
-    }
-    assert start_driver(ray_head, storage, plan.run_id, 1).wait(240) == 0
-    trained = {e["data"]["task"] for e in read_events(storage, plan.run_id, 1) if e["type"] == "step"}  # type: ignore[index]
-    assert trained == {"t2"}
-    manifest = read_manifest(storage, task_key(plan.run_id, 1, 2))
-    assert set(manifest.scores) == {"t0", "t1", "t2"}
-    assert set(manifest.base_scores) == {"t2"}
-    assert manifest.memory_version == 3
-    assert manifest.training["replay_tokens"] > 0  # rows of t0 and t1, kept by the first run
-    assert before == {path: path.read_bytes() for path in before}
-
-
 def test_a_bad_row_fails_the_run_with_its_number_and_no_retry(
     ray_head: RayHead, model: Path, storage: Storage
 ) -> None:
@@ -175,18 +153,6 @@ def test_a_bad_row_fails_the_run_with_its_number_and_no_retry(
     assert "41 tokens" in outcome["message"]
     starts = [e for e in read_events(storage, plan.run_id, 1) if e["type"] == "run.started"]
     assert len(starts) == 1
-
-
-def test_a_cancelled_run_stops_at_a_step_and_says_so(
-    ray_head: RayHead, model: Path, storage: Storage
-) -> None:
-    plan = put_plan(storage, model, "run_stop", num_tasks=1, steps=100_000)
-    driver = start_driver(ray_head, storage, plan.run_id, 1)
-    wait_for(lambda: any(e["type"] == "step" for e in read_events(storage, plan.run_id, 1)), driver)
-    storage.write_json(desired_key(plan.run_id), {"state": "cancelled"})
-    assert driver.wait(60) == 0
-    assert storage.read_json(outcome_key(plan.run_id, 1))["state"] == "cancelled"
-    assert not storage.exists(f"{task_key(plan.run_id, 1, 0)}/manifest.json")
 
 
 # --------------------------------------------------------------------------------- the memory actor

@@ -21,7 +21,6 @@ from service.specs import (
     TrainingSpec,
 )
 
-WORDS = ["<pad>", "<eos>", "<unk>", *"abcdefghijklmnopqrstuvwxyz", *map(str, range(10)), ":", "?", "."]
 STRATEGY = (
     StrategySpec(type="ewc", ewc_lambda=10.0, fisher_sample_size=16),
     StrategySpec(type="experience_replay", buffer_size=6, replay_ratio=0.3),
@@ -30,32 +29,10 @@ STRATEGY = (
 
 def save_tiny_model(folder: Path, seed: int = 0) -> Path:
     """Save a random Llama of two layers with a tokenizer of one token per character."""
-    import torch
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+    from tests.clcore.tiny import tiny_llama_base, tiny_tokenizer  # torch, for those who need it
 
-    inner = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    inner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.WhitespaceSplit(), pre_tokenizers.Split("", "isolated")]
-    )
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=inner, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>"
-    )
-    torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(WORDS),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
-    LlamaForCausalLM(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tiny_llama_base(seed).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     return folder
 
 
