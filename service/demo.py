@@ -43,7 +43,7 @@ from service.show import matrix_table, scalars_table, show_events
 # What the demo trains with, in one place.
 
 MODEL = "smollm2-135m"
-NUM_STEPS = 40
+NUM_STEPS = 50
 NUM_WORKERS = 2
 LORA: dict[str, Any] = {"type": "lora", "r": 8, "lora_alpha": 16}
 TRAINING: dict[str, Any] = {
