@@ -35,7 +35,8 @@ class Conversation:
         try:
             yield from self._chat(text) if self._is_chat else self._complete(text)
         except openai.APIError as error:
-            raise ApiError(f"{self.model} did not answer: {error.message}") from error
+            said = error.body.get("message") if isinstance(error.body, dict) else None
+            raise ApiError(f"{self.model} did not answer: {said or error.message}") from error
 
     def _chat(self, text: str) -> Iterator[str]:
         self._turns.append({"role": "user", "content": text})

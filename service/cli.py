@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
@@ -50,6 +51,10 @@ def main() -> None:
         app()
     except (ApiError, EmbeddedError, ModelError) as error:
         fail(str(error))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        name = "_".join(map(str, first["loc"])).upper()
+        fail(f"setting CLPEFT_{name}: {first['msg']}, got {first['input']!r}")
 
 
 def fail(text: str) -> None:
@@ -190,14 +195,14 @@ def submit(
     ] = False,
 ) -> None:
     """Submit a job. Data sets named by a file's path are uploaded first."""
-    from service.job_files import read_yaml, upload_local_datasets
+    from service.job_files import local_datasets, read_yaml
 
     spec = read_yaml(file)
     with connect() as client:
-        tasks = spec.get("tasks")
-        if isinstance(tasks, list):
-            spec["tasks"] = upload_local_datasets(tasks, file.parent, client, progress=out.print)
-        job = client.submit(spec)
+        given = spec.get("tasks")
+        found = given if isinstance(given, list) else []
+        with local_datasets(found, file.parent, client, progress=out.print) as tasks:
+            job = client.submit({**spec, "tasks": tasks} if isinstance(given, list) else spec)
         out.print(f"job {job['id']} trains adapter {job['adapter']}")
         if watch_it:
             _watch(client, job["id"])
@@ -214,11 +219,11 @@ def append(
     ] = False,
 ) -> None:
     """Add one task to a job: it is trained from the newest version, and nothing earlier is trained again."""
-    from service.job_files import read_yaml, upload_local_datasets
+    from service.job_files import local_datasets, read_yaml
 
     with connect() as client:
-        [task] = upload_local_datasets([read_yaml(file)], file.parent, client, progress=out.print)
-        client.append_task(job, task)
+        with local_datasets([read_yaml(file)], file.parent, client, progress=out.print) as [task]:
+            client.append_task(job, task)
         out.print(f"task {task.get('name')} is appended to {job}")
         if watch_it:
             _watch(client, job)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import quote
 
 import httpx
 
@@ -84,6 +85,10 @@ class Client:
                 headers={"Content-Type": "application/x-ndjson"},
             )
 
+    def delete_dataset(self, dataset_id: str) -> None:
+        """Delete a data set that no job uses."""
+        self._call("DELETE", f"/v1/datasets/{_part(dataset_id)}")
+
     # --------------------------------------------------------------------------------------------------- jobs
 
     def submit(self, spec: Mapping[str, Any]) -> Json:
@@ -92,7 +97,7 @@ class Client:
 
     def append_task(self, job_id: str, task: Mapping[str, Any]) -> Json:
         """Add a task to a job: a new run that continues from the newest version."""
-        return self._call("POST", f"/v1/jobs/{job_id}/tasks", json=dict(task))
+        return self._call("POST", f"/v1/jobs/{_part(job_id)}/tasks", json=dict(task))
 
     def jobs(self, *, limit: int = 20) -> list[Json]:
         """Return the newest jobs."""
@@ -101,15 +106,15 @@ class Client:
 
     def job(self, job_id: str) -> Json:
         """Return a job with its tasks."""
-        return self._call("GET", f"/v1/jobs/{job_id}")
+        return self._call("GET", f"/v1/jobs/{_part(job_id)}")
 
     def cancel(self, job_id: str) -> Json:
         """Ask a job to stop at its next step."""
-        return self._call("POST", f"/v1/jobs/{job_id}:cancel")
+        return self._call("POST", f"/v1/jobs/{_part(job_id)}:cancel")
 
     def matrix(self, job_id: str) -> Json:
         """Return the accuracy matrix with average accuracy, forgetting, BWT and FWT."""
-        return self._call("GET", f"/v1/jobs/{job_id}/eval-matrix")
+        return self._call("GET", f"/v1/jobs/{_part(job_id)}/eval-matrix")
 
     def events(self, job_id: str, *, after: int = 0) -> Iterator[JobEvent]:
         """Follow a job until its terminal event. A cut connection is taken up where it broke."""
@@ -134,7 +139,9 @@ class Client:
     def _stream(self, job_id: str, after: int) -> Iterator[JobEvent]:
         headers = {"Accept": "text/event-stream", "Last-Event-ID": str(after)}
         # the server sends a comment every few seconds, so silence means a dead connection
-        with self._http.stream("GET", f"/v1/jobs/{job_id}/events", headers=headers, timeout=60.0) as answer:
+        with self._http.stream(
+            "GET", f"/v1/jobs/{_part(job_id)}/events", headers=headers, timeout=60.0
+        ) as answer:
             if not answer.is_success:
                 answer.read()
                 raise _refusal(answer)
@@ -150,7 +157,7 @@ class Client:
 
     def adapter(self, name: str) -> Json:
         """Return an adapter with its versions and aliases."""
-        return self._call("GET", f"/v1/adapters/{name}")
+        return self._call("GET", f"/v1/adapters/{_part(name)}")
 
     def health(self) -> Json:
         """Return the service's state; ApiError with its text when it is not ready."""
@@ -165,8 +172,13 @@ class Client:
             ) from error
         if not answer.is_success:
             raise _refusal(answer)
-        found: Json = answer.json()
+        found: Json = answer.json() if answer.content else {}
         return found
+
+
+def _part(text: str) -> str:
+    """Return text as one part of a path, whatever it holds."""
+    return quote(text, safe="") if text not in (".", "..") else "%2E" * len(text)
 
 
 def _refusal(answer: httpx.Response) -> ApiError:

@@ -88,11 +88,13 @@ def show_costs(console: Console, findings: Findings, targets: list[dict[str, Any
 
 def answers_table(answers: list[dict[str, str]]) -> Table:
     """Show what was asked and answered."""
-    table = Table("task", "prompt", "answer", "reference", show_lines=True)
+    table = Table("", "task", "prompt", "answer", "reference", show_lines=True)
     for answer in answers:
         prompt = answer["prompt"] if len(answer["prompt"]) <= 200 else f"{answer['prompt'][:200]}..."
+        is_right = answer["answer"] == answer["reference"]
+        mark = "[green]✓[/]" if is_right else "[red]✗[/]"
         texts = (answer["task"], prompt, answer["answer"], answer["reference"])
-        table.add_row(*(escape(text) for text in texts))
+        table.add_row(mark, *(escape(text) for text in texts))
     return table
 
 

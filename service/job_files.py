@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,25 +26,45 @@ def read_yaml(path: Path) -> dict[str, Any]:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise JobFileError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+    except (ValueError, TypeError) as error:
+        raise JobFileError(
+            f"{path}: {error}; only text, finite numbers, true and false are possible (put dates in quotes)"
+        ) from error
     if not isinstance(value, dict):
         raise JobFileError(f"{path} must hold fields such as 'name:', not {type(value).__name__}")
     return value
 
 
-def upload_local_datasets(
+@contextmanager
+def local_datasets(
     tasks: list[Any], folder: Path, client: Client, *, progress: Callable[[str], None]
-) -> list[Any]:
-    """Return the tasks with file paths, relative to folder, replaced by the ids of uploaded data sets.
+) -> Iterator[list[Any]]:
+    """Give the tasks with file paths, relative to folder, replaced by the ids of uploaded data sets.
 
-    All files are looked up before the first upload. Raises JobFileError for a file that is not there.
+    All files are looked up before the first upload, and what was uploaded is deleted again when the service
+    refuses what the block sends. Raises JobFileError for a file that is not there.
     """
+    ids: dict[str, str] = {}
+    try:
+        yield _upload(tasks, folder, client, progress, ids)
+    except ApiError as error:
+        if error.status:  # refused; without an answer the job may be there and need them
+            for dataset_id in ids.values():
+                client.delete_dataset(dataset_id)
+        raise
+
+
+def _upload(
+    tasks: list[Any], folder: Path, client: Client, progress: Callable[[str], None], ids: dict[str, str]
+) -> list[Any]:
     found: dict[str, Path] = {}
     for task in tasks:
         for field in DATASET_FIELDS:
             value = task.get(field) if isinstance(task, dict) else None
             if isinstance(value, str) and not re.fullmatch(r"ds_[0-9a-z]+", value):
                 found[value] = _find_file(value, folder, f"{field} of task {task.get('name')!r}")
-    ids: dict[str, str] = {}
     for value, path in found.items():
         name = re.sub(r"[^a-z0-9_-]+", "-", f"{path.parent.name}-{path.stem}".lower()).strip("-_")[:63]
         dataset = client.upload_dataset(name or "dataset", path)

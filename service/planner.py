@@ -65,9 +65,8 @@ def resolve_strategies(strategies: Sequence[StrategySpec]) -> tuple[StrategySpec
         except ValidationError as error:
             first = error.errors(include_context=False)[0]
             where = "".join(f"/{part}" for part in first["loc"])
-            _refuse(
-                f"{pointer}{where}", f"{first['msg'].removeprefix('Value error, ')}, got {first['input']!r}"
-            )
+            said = first["msg"].removeprefix("Value error, ")
+            _refuse(f"{pointer}{where}", said if where == "" else f"{said}, got {first['input']!r}")
         except (ConfigError, TypeError) as error:
             _refuse(pointer, str(error))
         resolved.append(StrategySpec(type=spec.type, **dataclasses.asdict(config)))

@@ -21,6 +21,7 @@ from service.adapters.registry import ManifestError
 from service.adapters.storage import Storage, desired_key, outcome_key, plan_key
 from service.db.session import Sessions
 from service.db.tables import Attempt, Run, utc_now
+from service.errors import ServiceError
 from service.jobs import repository
 from service.jobs.attempts import begin_attempt, end_attempt, entrypoint, try_again
 from service.jobs.events import add_event
@@ -94,8 +95,16 @@ class Reconciler:
             self._advance(run.id)
         except RunnerUnreachable as error:
             self._warn(run.id, f"state unknown: {error}")
+        except ServiceError as error:  # our own refusal, which does not change by itself
+            self._refuse(run.id, error)
         except Exception:
             logger.exception("run %s could not be looked at; the next tick tries again", run.id)
+
+    def _refuse(self, run_id: str, error: ServiceError) -> None:
+        with self._sessions.read() as session:
+            attempt = repository.attempts_of(session, run_id)[-1]
+        self._runner.stop(attempt.submission_id)
+        self._fail(run_id, attempt.number, Reason.INTERNAL, str(error))
 
     def _warn(self, run_id: str, text: str) -> None:
         """Log a warning; the same one tick after tick is logged once."""
@@ -154,7 +163,11 @@ class Reconciler:
     def _submit(self, run_id: str, attempt: Attempt) -> None:
         self._store_plan(run_id)
         self._write_desired(run_id, "running")
-        env = {"CLPEFT_STORAGE_URL": self._settings.storage_url, **WORKER_ENV}
+        env = {
+            "CLPEFT_STORAGE_URL": self._settings.storage_url,
+            "CLPEFT_CAPACITY_WAIT_S": str(self._settings.capacity_wait_s),
+            **WORKER_ENV,
+        }
         try:
             self._runner.submit(attempt.submission_id, entrypoint(run_id, attempt.number), env)
         except RunnerRefused as error:

@@ -38,6 +38,8 @@ class Settings(BaseSettings):
     max_concurrent_runs: int = Field(1, ge=1)
     max_attempts: int = Field(5, ge=1)
     """Attempts without a newly committed task before a run fails."""
+    capacity_wait_s: float = Field(5.0, ge=0)
+    """How long a run waits for a cluster that is too small to grow before it fails with no_capacity."""
     poll_interval_s: float = Field(1.0, gt=0)
 
     @model_validator(mode="after")

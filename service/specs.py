@@ -7,9 +7,19 @@ strategy in clcore.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictFloat,
+    StrictInt,
+    StringConstraints,
+    field_validator,
+    model_validator,
+)
 
 NAME_PATTERN = r"^[a-z0-9][a-z0-9_-]{0,62}$"
 Name = Annotated[str, StringConstraints(pattern=NAME_PATTERN)]
@@ -20,6 +30,28 @@ class Spec(BaseModel):
     """Base of all wire types: unknown fields are errors, values are not changed after validation."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _only_text(cls, value: Any) -> Any:
+        refuse_broken_text(value)
+        return value
+
+
+def refuse_broken_text(value: Any) -> None:
+    """Raise ValueError for a string, anywhere inside, that cannot be written as UTF-8."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"{value[:50]!r} holds half of a surrogate pair, which is no text") from error
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            refuse_broken_text(key)
+            refuse_broken_text(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            refuse_broken_text(item)
 
 
 class BaseModelSpec(Spec):
@@ -33,10 +65,10 @@ class LoraSpec(Spec):
     """Low-rank adapters (Hu et al. 2021): W x + alpha/r * B A x."""
 
     type: Literal["lora"] = "lora"
-    r: int = Field(8, ge=1, le=1024)
-    lora_alpha: int = Field(16, ge=1)
-    lora_dropout: float = Field(0.0, ge=0, lt=1)
-    target_modules: tuple[str, ...] | None = None
+    r: StrictInt = Field(8, ge=1, le=1024)
+    lora_alpha: StrictInt = Field(16, ge=1)
+    lora_dropout: StrictFloat = Field(0.0, ge=0, lt=1)
+    target_modules: Annotated[tuple[str, ...], Field(min_length=1)] | None = None
     """Module name endings; None takes PEFT's choice for the architecture."""
 
 
@@ -56,21 +88,21 @@ class TrainingSpec(Spec):
     """How each task is trained. A task may override single fields."""
 
     backend: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
-    num_workers: int = Field(1, ge=1, le=1024)
+    num_workers: StrictInt = Field(1, ge=1, le=1024)
     precision: Literal["fp32", "bf16"] = "fp32"
-    learning_rate: float = Field(5e-4, gt=0, le=10, allow_inf_nan=False)
+    learning_rate: StrictFloat = Field(5e-4, gt=0, le=10, allow_inf_nan=False)
     schedule: Literal["constant", "linear", "cosine"] = "linear"
-    warmup_steps: int = Field(0, ge=0)
-    weight_decay: float = Field(0.0, ge=0, le=1, allow_inf_nan=False)
-    max_grad_norm: float = Field(1.0, gt=0, allow_inf_nan=False)
-    batch_size: int = Field(8, ge=1, le=65536)
+    warmup_steps: StrictInt = Field(0, ge=0)
+    weight_decay: StrictFloat = Field(0.0, ge=0, le=1, allow_inf_nan=False)
+    max_grad_norm: StrictFloat = Field(1.0, gt=0, allow_inf_nan=False)
+    batch_size: StrictInt = Field(8, ge=1, le=65536)
     """Rows of new data per optimizer step over all workers."""
-    micro_batch_size: int = Field(8, ge=1, le=4096)
+    micro_batch_size: StrictInt = Field(8, ge=1, le=4096)
     """Rows per forward pass on one worker."""
-    max_length: int = Field(512, ge=8, le=1_000_000)
+    max_length: StrictInt = Field(512, ge=8, le=1_000_000)
     """Tokens per row; longer prompts lose their middle, completions are never cut."""
-    seed: int = Field(0, ge=0, lt=2**31)
-    checkpoint_every_steps: int = Field(0, ge=0)
+    seed: StrictInt = Field(0, ge=0, lt=2**31)
+    checkpoint_every_steps: StrictInt = Field(0, ge=0)
     """Steps between checkpoints inside a task; 0 saves at task ends only."""
 
 
@@ -81,8 +113,8 @@ class TaskSpec(Spec):
     dataset: DatasetId
     eval_dataset: DatasetId | None = None
     """Rows to score; None scores the training rows' data set, which flatters."""
-    epochs: float | None = Field(None, gt=0, le=1000, allow_inf_nan=False)
-    steps: int | None = Field(None, gt=0, le=10_000_000)
+    epochs: StrictFloat | None = Field(None, gt=0, le=1000, allow_inf_nan=False)
+    steps: StrictInt | None = Field(None, gt=0, le=10_000_000)
     overrides: dict[str, Any] = Field(default_factory=dict)
     """Fields of TrainingSpec that differ for this task, such as learning_rate or schedule."""
 
@@ -107,10 +139,10 @@ class EvaluationSpec(Spec):
     """How tasks are scored after each task."""
 
     metric: Literal["exact_match"] = "exact_match"
-    max_rows: int | None = Field(None, ge=1)
+    max_rows: StrictInt | None = Field(None, ge=1)
     """Score the first rows only; None scores all."""
-    batch_size: int = Field(16, ge=1, le=4096)
-    max_new_tokens: int | None = Field(None, ge=1, le=4096)
+    batch_size: StrictInt = Field(16, ge=1, le=4096)
+    max_new_tokens: StrictInt | None = Field(None, ge=1, le=4096)
     """None takes the longest reference answer plus its end token."""
 
 
@@ -118,6 +150,13 @@ class PromotionSpec(Spec):
     """Which alias moves to a version when it is committed."""
 
     alias: Name = "live"
+
+    @field_validator("alias")
+    @classmethod
+    def _not_a_version(cls, alias: str) -> str:
+        if re.match(r"^v\d+$", alias):
+            raise ValueError(f"alias {alias!r} looks like a version; versions never move")
+        return alias
 
 
 class JobSpec(Spec):
@@ -129,7 +168,7 @@ class JobSpec(Spec):
     base_model: BaseModelSpec
     peft: LoraSpec = LoraSpec()
     strategy: tuple[StrategySpec, ...] = (StrategySpec(type="none"),)
-    tasks: tuple[TaskSpec, ...] = Field(min_length=1, max_length=1000)
+    tasks: tuple[TaskSpec, ...]
     training: TrainingSpec = TrainingSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     promotion: PromotionSpec = PromotionSpec()
@@ -143,6 +182,8 @@ class JobSpec(Spec):
     @field_validator("tasks")
     @classmethod
     def _names_differ(cls, tasks: tuple[TaskSpec, ...]) -> tuple[TaskSpec, ...]:
+        if not 1 <= len(tasks) <= 1000:  # here, so that a bad task is not also reported as a missing one
+            raise ValueError(f"a job has 1 to 1000 tasks, got {len(tasks)}")
         names = [task.name for task in tasks]
         twice = sorted({name for name in names if names.count(name) > 1})
         if twice:

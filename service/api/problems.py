@@ -61,7 +61,14 @@ def problems_of(errors: Sequence[Any], *, prefix: Sequence[str] = ()) -> list[Pr
     for error in errors:
         where = [str(part) for part in error["loc"] if part not in ("body", "query", "path")]
         pointer = "".join(f"/{part.replace('~', '~0').replace('/', '~1')}" for part in (*prefix, *where))
-        detail = str(error["msg"]).removeprefix("Value error, ")
+        detail = str(error["msg"]).removeprefix("Value error, ").replace("a valid tuple", "a list")
+        if error["type"] == "json_invalid":
+            reason = error.get("ctx", {}).get("error", "malformed")
+            found.append(Problem("/", f"the body is not JSON: {reason} at byte {error['loc'][-1]}"))
+            continue
+        if error["type"] == "extra_forbidden":
+            found.append(Problem(pointer, f"unknown field {where[-1]!r}; /openapi.json has the fields"))
+            continue
         shown = _short(repr(error.get("input")))
         is_named = len(shown) > 3 and shown in detail
         if isinstance(error.get("input"), str | int | float | bool) and not is_named:
@@ -81,6 +88,11 @@ def _summary(problems: Sequence[Problem]) -> str:
     return f"{problems[0].pointer}: {problems[0].detail}{more}"
 
 
+def printable(text: str) -> str:
+    """Return text that can be sent: what a user sent may hold halves of surrogate pairs."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
 def _short(text: str) -> str:
     return text if len(text) <= _SHOWN_CHARACTERS else f"{text[:_SHOWN_CHARACTERS]}..."
 
@@ -93,6 +105,7 @@ def _answer(
     problems: Sequence[Problem] = (),
     headers: Mapping[str, str] | None = None,
 ) -> JSONResponse:
+    detail = printable(detail)
     request_id = str(getattr(request.state, "request_id", ""))
     sent = {"X-Request-Id": request_id, **(headers or {})}
     if status == HTTPStatus.SERVICE_UNAVAILABLE:
@@ -107,7 +120,7 @@ def _answer(
         "status": status,
         "code": code,
         "detail": detail,
-        "errors": [{"pointer": problem.pointer, "detail": problem.detail} for problem in problems],
+        "errors": [{"pointer": printable(p.pointer), "detail": printable(p.detail)} for p in problems],
         "instance": request.url.path,
         "request_id": request_id,
     }

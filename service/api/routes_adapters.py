@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Path, Query
-from pydantic import Field
+from pydantic import Field, StrictInt
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
@@ -21,7 +21,7 @@ router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 class AliasTarget(Spec):
     """The version that an alias points at."""
 
-    version: int = Field(ge=1)
+    version: StrictInt = Field(ge=1, le=10**9)
 
 
 @router.get("")

@@ -10,11 +10,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
 import ray
+from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayActorError
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
 from ray.train.torch import TorchConfig, TorchTrainer
@@ -53,6 +55,12 @@ def run_attempt(storage_url: str, run_id: str, attempt: int) -> None:
         )
         return
     ray.init(address="auto", namespace=NAMESPACE, log_to_driver=True)
+    wait_s = float(os.environ.get("CLPEFT_CAPACITY_WAIT_S", "5"))
+    missing = missing_capacity(plan.training.num_workers, wait_s)
+    if missing:
+        outcome = {"state": "failed", "reason": "no_capacity", "message": missing}
+        storage.write_json(outcome_key(run_id, attempt), outcome)
+        return
     checkpoint = newest_checkpoint(storage, plan, attempt, progress)
     memory_key = checkpoint or progress.memory_key
     memory = start_memory(storage_url, run_id, attempt, plan.generation, memory_key)
@@ -89,6 +97,17 @@ def run_attempt(storage_url: str, run_id: str, attempt: int) -> None:
     finally:
         ray.kill(memory)
     storage.write_json(outcome_key(run_id, attempt), outcome)
+
+
+def missing_capacity(num_workers: int, wait_s: float) -> str | None:
+    """Say what the cluster lacks for one CPU per worker, after wait_s seconds to grow; None if nothing."""
+    deadline = time.monotonic() + wait_s
+    while (num_cpus := ray.cluster_resources().get("CPU", 0)) < num_workers:  # type: ignore[no-untyped-call]
+        if time.monotonic() > deadline:
+            return f"num_workers {num_workers} needs {num_workers} CPUs, the cluster has {num_cpus:g}"
+        request_resources(num_cpus=num_workers)  # an autoscaler grows the cluster for it
+        time.sleep(0.5)
+    return None
 
 
 def train_loop(config: dict[str, Any]) -> None:

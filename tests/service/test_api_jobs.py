@@ -71,10 +71,16 @@ def test_a_submitted_job_is_shown_with_resolved_defaults_tasks_and_a_queued_run(
         ({"training": {"learning_rate": -1}}, "/training/learning_rate", "greater than 0"),
         ({"training": {"backend": "fsdp"}}, "/training/backend", "'fsdp' is not available yet; use 'ddp'"),
         ({"training": {"num_workers": 9}}, "/training/batch_size", "at least 9"),
-        ({"training": {"speed": 9}}, "/training/speed", "not permitted"),
+        ({"training": {"speed": 9}}, "/training/speed", "unknown field"),
         ({"name": "../x"}, "/name", "pattern"),
         ({"adapter": "a/b"}, "/adapter", "pattern"),
-        ({"tasks": []}, "/tasks", "at least 1"),
+        ({"tasks": []}, "/tasks", "1 to 1000 tasks, got 0"),
+        ({"promotion": {"alias": "v7"}}, "/promotion/alias", "'v7' looks like a version"),
+        ({"peft": {"type": "lora", "target_modules": []}}, "/peft/target_modules", "at least 1"),
+        ({"training": {"learning_rate": True}}, "/training/learning_rate", "valid number, got True"),
+        ({"training": {"batch_size": "8"}}, "/training/batch_size", "valid integer, got '8'"),
+        ({"labels": {"a": "\ud800"}}, "/", "half of a surrogate pair"),
+        ({"tasks": [{"name": "one", "dataset": "ds_1", "overrides": {"\udfff": 1}}]}, "/", "surrogate"),
     ],
 )
 def test_a_bad_job_is_refused_and_nothing_is_stored(
@@ -117,6 +123,7 @@ def test_a_body_that_is_no_json_or_too_large_is_refused(service: Service) -> Non
     broken = service.client.post("/v1/jobs", content="{", headers=headers)
     large = service.client.post("/v1/jobs", content="[" + "1," * 3_000_000 + "1]", headers=headers)
     assert (broken.status_code, broken.json()["code"]) == (422, "invalid")
+    assert "the body is not JSON" in broken.json()["detail"]
     assert (large.status_code, large.headers["content-type"]) == (413, "application/problem+json")
 
 
@@ -229,7 +236,7 @@ def test_tasks_appended_to_an_active_job_wait_for_the_run_before(service: Servic
         ({"name": "two", "steps": -1}, "/steps", "greater than 0"),
         ({"name": "two", "dataset": "ds_0"}, "/dataset", "no data set 'ds_0'"),
         ({"name": "two", "dataset": "s3://b/rows"}, "/dataset", "path or URL"),
-        ({"name": "two", "colour": 1}, "/colour", "not permitted"),
+        ({"name": "two", "colour": 1}, "/colour", "unknown field"),
     ],
 )
 def test_a_bad_task_is_not_appended(service: Service, body: dict[str, Any], pointer: str, says: str) -> None:

@@ -18,9 +18,13 @@ COMMAND = Path(sys.executable).with_name("clpeft")
 ROWS = '{"prompt": "q1", "completion": " a"}\n{"prompt": "q2", "completion": " b"}\n'
 
 
-def clpeft(*arguments: str, home: Path, url: str = "", stdin: str = "") -> subprocess.CompletedProcess[str]:
+def clpeft(
+    *arguments: str, home: Path, url: str = "", stdin: str = "", port: str = ""
+) -> subprocess.CompletedProcess[str]:
     variables = {name: value for name, value in os.environ.items() if not name.startswith("CLPEFT_")}
     variables |= {"CLPEFT_HOME": str(home), "COLUMNS": "120", "NO_COLOR": "1"}
+    if port:
+        variables["CLPEFT_PORT"] = port
     if url:
         variables["CLPEFT_URL"] = url
     return subprocess.run(
@@ -113,6 +117,8 @@ def test_submit_uploads_local_files_once_and_sends_their_ids(service: Service, t
             "dataset of task 'one': 'none.jsonl' is neither the id of a data set (ds_...) nor a file at",
         ),
         ("{name: a, base_model: {id: tiny}, tasks: []}", "/tasks"),
+        ("{name: a, training: {learning_rate: .nan}}", "only text, finite numbers"),
+        ("{name: 2024-01-01}", "put dates in quotes"),
         ("{name: ../a, base_model: {id: tiny}, tasks: [{name: one, dataset: ds_1}]}", "../a"),
     ],
 )
@@ -128,6 +134,27 @@ def test_a_bad_job_file_is_one_clear_error_and_stores_nothing(
     assert error in done.stderr
     assert "Traceback" not in done.stdout + done.stderr
     assert service.holdings() == before
+
+
+def test_uploads_for_a_refused_job_or_task_are_deleted_again(service: Service, tmp_path: Path) -> None:
+    path = job_file(tmp_path, colour="red")
+    before = service.holdings()
+    done = clpeft("submit", str(path), home=tmp_path, url=url_of(service))
+    assert done.returncode == 1
+    assert "uploaded data/train.jsonl" in done.stdout
+    assert "unknown field 'colour'" in done.stderr
+    task = tmp_path / "task.yaml"
+    task.write_text("{name: two, dataset: data/train.jsonl}")
+    done = clpeft("append", "../../healthz", str(task), home=tmp_path, url=url_of(service))
+    assert (done.returncode, "uploaded" in done.stdout) == (1, True)
+    assert service.holdings() == before
+
+
+def test_a_bad_setting_is_one_clear_error(tmp_path: Path) -> None:
+    done = clpeft("status", home=tmp_path, port="abc")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: setting CLPEFT_PORT: ")
+    assert "got 'abc'" in done.stderr
 
 
 def test_a_missing_job_file_is_a_usage_error(service: Service, tmp_path: Path) -> None:

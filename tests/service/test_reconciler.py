@@ -9,6 +9,7 @@ import pytest
 from sqlalchemy import event
 
 from service import reconciler as reconciler_module
+from service.jobs import repository
 from service.jobs.runner import RayJobState, RunnerRefused
 from service.reconciler import Reconciler
 from tests.service.control import Service, run_service, wait_until, write_events, write_outcome, write_task
@@ -300,6 +301,22 @@ def test_a_driver_that_says_succeeded_without_its_tasks_is_not_believed(
     service.reconciler.tick()
     assert service.job(job["id"])["state"] == "failed"
     assert versions(service) == [(1, 0, 1)]
+
+
+def test_a_commit_that_is_refused_fails_the_run_and_frees_its_place(
+    service: Service, job: dict[str, Any]
+) -> None:
+    waiting = service.submit(name="waiting")
+    with service.sessions.write() as session:
+        row = repository.get_job(session, job["id"])
+        row.spec = {**row.spec, "promotion": {"alias": "v7"}}  # as an older release let pass
+    write_task(service.storage, run_of(job), 1, 0)
+    service.reconciler.tick()
+    failed = service.job(job["id"])
+    assert (failed["state"], failed["reason"]) == ("failed", "internal")
+    assert "'v7' looks like a version" in failed["message"]
+    service.reconciler.tick()
+    assert service.runner.submitted[-1] == f"{run_of(waiting)}-a1"
 
 
 def test_when_a_run_fails_the_runs_behind_it_are_cancelled_and_retry_takes_all(

@@ -155,6 +155,16 @@ def test_a_bad_row_fails_the_run_with_its_number_and_no_retry(
     assert len(starts) == 1
 
 
+def test_more_workers_than_the_cluster_has_cpus_fail_with_both_numbers(
+    ray_head: RayHead, model: Path, storage: Storage
+) -> None:
+    plan = put_plan(storage, model, "run_wide", num_workers=64, batch_size=64)
+    assert start_driver(ray_head, storage, plan.run_id, 1).wait(120) == 0
+    outcome = storage.read_json(outcome_key(plan.run_id, 1))
+    assert (outcome["state"], outcome["reason"]) == ("failed", "no_capacity")
+    assert outcome["message"] == f"num_workers 64 needs 64 CPUs, the cluster has {ray_head.num_cpus}"
+
+
 # --------------------------------------------------------------------------------- the memory actor
 
 
