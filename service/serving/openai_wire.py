@@ -9,11 +9,11 @@ import time
 import uuid
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from service.serving.directory import ServedModel
 from service.serving.engine import ChatMessage, GenerateRequest
-from service.specs import refuse_broken_text
+from service.specs import Spec
 
 COMPLETION_MAX_TOKENS = 16
 CHAT_MAX_TOKENS = 128
@@ -29,16 +29,8 @@ class StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-class _Generation(BaseModel):
+class _Generation(Spec):
     """Fields of both routes. Null means the default, as OpenAI has it; what changes no token is ignored."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _only_text(cls, value: Any) -> Any:
-        refuse_broken_text(value)
-        return value
 
     model: str = Field(min_length=1, max_length=400)
     stream: bool | None = False

@@ -56,6 +56,8 @@ def test_an_alias_moves_and_names_like_versions_are_refused(trained: Service) ->
         ("Prod", {"version": 1}, 422),
         ("prod", {"version": 9}, 404),
         ("prod", {"version": 0}, 422),
+        ("prod", {"version": 10**30}, 422),
+        ("prod", {"version": True}, 422),
         ("prod", {}, 422),
     ):
         assert trained.client.put(f"/v1/adapters/demo/aliases/{alias}", json=body).status_code == status

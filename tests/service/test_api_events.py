@@ -112,3 +112,9 @@ def test_streams_end_when_the_server_stops(service: Service) -> None:
     service.app.state.stopping.set()
     reader.join(timeout=5)
     assert not reader.is_alive()
+
+
+def test_an_event_id_that_no_database_holds_is_refused(service: Service) -> None:
+    job = service.submit("one")
+    answer = service.client.get(f"/v1/jobs/{job['id']}/events", params={"after": 10**30})
+    assert (answer.status_code, answer.json()["code"]) == (422, "invalid")

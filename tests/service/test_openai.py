@@ -317,6 +317,20 @@ def test_a_long_prompt_has_openais_code_also_when_it_is_streamed(service: Servic
         assert response.json()["error"]["code"] == "context_length_exceeded"
 
 
+@pytest.mark.parametrize(
+    ("route", "text"),
+    [
+        ("completions", '{"model": "alpha", "prompt": "\\ud800"}'),
+        ("chat/completions", '{"model": "alpha", "messages": [{"role": "user", "content": "\\udfff"}]}'),
+    ],
+)
+def test_half_of_a_surrogate_pair_is_400(service: Service, route: str, text: str) -> None:
+    headers = {"Content-Type": "application/json"}
+    response = httpx.post(f"{service.url}/v1/{route}", content=text.encode(), headers=headers)
+    assert response.status_code == 400
+    assert "half of a surrogate pair" in response.json()["error"]["message"]
+
+
 def test_a_body_that_is_no_json_is_400(service: Service) -> None:
     response = httpx.post(
         f"{service.url}/v1/completions", content=b"{oops", headers={"Content-Type": "application/json"}
