@@ -207,7 +207,7 @@ class Reconciler:
             return
         outcome = self._read_outcome(run_id, attempt.number)
         # The rest of storage is read after the outcome: the driver writes the outcome last.
-        ingest_events(self._sessions, self._storage, attempt)
+        ingest_events(self._sessions, self._storage, run_id, attempt.number)
         broken = self._ingest_manifests(run_id, [attempt.number])
         if self._finish_if_committed(run_id, attempt.number):
             return
@@ -273,7 +273,7 @@ class Reconciler:
             self._fail(run_id, attempt, Reason.INTERNAL, said)
 
     def _end_lost(self, run_id: str, attempt: Attempt, state: RayJobState | None) -> None:
-        ingest_events(self._sessions, self._storage, attempt)
+        ingest_events(self._sessions, self._storage, run_id, attempt.number)
         broken = self._ingest_manifests(run_id, range(attempt.number, 0, -1))
         if self._finish_if_committed(run_id, attempt.number):
             return

@@ -28,14 +28,16 @@ _TASK_STATES = {
 }
 
 
-def ingest_events(sessions: Sessions, storage: Storage, attempt: Attempt) -> None:
+def ingest_events(sessions: Sessions, storage: Storage, run_id: str, attempt: int) -> None:
     """Take an attempt's new events, in order, and show in the job what they say."""
-    events = read_worker_events(storage, attempt.run_id, attempt.number, attempt.last_seq)
+    with sessions.read() as session:
+        last_seq = session.get_one(Attempt, (run_id, attempt)).last_seq
+    events = read_worker_events(storage, run_id, attempt, last_seq)
     if not events:
         return
     with sessions.write() as session:
-        run = repository.get_run(session, attempt.run_id)
-        row = session.get_one(Attempt, (attempt.run_id, attempt.number))
+        run = repository.get_run(session, run_id)
+        row = session.get_one(Attempt, (run_id, attempt))
         for event in events:
             if event.seq <= row.last_seq:  # another look was faster
                 continue
@@ -54,10 +56,16 @@ def ingest_events(sessions: Sessions, storage: Storage, attempt: Attempt) -> Non
 
 
 def ingest_manifests(sessions: Sessions, storage: Storage, run_id: str, attempt: int) -> None:
-    """Commit an attempt's finished tasks, in order. Raises ManifestError for one that cannot be taken."""
+    """Commit an attempt's finished tasks, in order. Raises ManifestError for one that cannot be taken.
+
+    What the worker said before it finished a task is taken first: the last commit ends the job, and nobody
+    reads events of a job that has ended.
+    """
     finished = set(storage.names(f"{attempt_key(run_id, attempt)}/tasks"))
     with sessions.read() as session:
         indexes = [task.index for task in open_tasks(session, run_id) if str(task.index) in finished]
+    if indexes:
+        ingest_events(sessions, storage, run_id, attempt)
     for index in indexes:
         if not _commit_chain(sessions, storage, run_id, task_key(run_id, attempt, index)):
             return

@@ -98,6 +98,28 @@ def test_each_manifest_becomes_one_version_and_the_alias_follows(
     assert types[-2:] == ["run.succeeded", "job.succeeded"]
 
 
+def test_events_written_while_the_reconciler_looks_are_kept_although_the_last_task_ends_the_job(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = service.submit("one")
+    service.reconciler.tick()
+    steps = [("step", {"task": "one", "step": step, "num_steps": 2}) for step in (1, 2)]
+    look = Reconciler._ingest_manifests
+
+    def trains_meanwhile(self: Reconciler, run_id: str, numbers: Any) -> str | None:
+        if not service.storage.exists(f"runs/{run_id}/a1/tasks/0/manifest.json"):
+            write_events(service.storage, run_id, 1, 1, steps)  # after the look at the events
+            write_task(service.storage, run_id, 1, 0)
+        return look(self, run_id, numbers)
+
+    monkeypatch.setattr(Reconciler, "_ingest_manifests", trains_meanwhile)
+    service.reconciler.tick()
+    assert service.job(job["id"])["state"] == "succeeded"
+    types = service.event_types(job["id"])
+    assert types.count("step") == 2
+    assert types.index("step") < types.index("task.committed")
+
+
 def test_a_manifest_whose_files_differ_is_not_committed(service: Service, job: dict[str, Any]) -> None:
     folder = write_task(service.storage, run_of(job), 1, 0)
     path = f"{folder}/adapter/adapter_model.safetensors"
