@@ -54,7 +54,7 @@ def check_training(training: TrainingSpec) -> None:
 
 def resolve_strategies(strategies: Sequence[StrategySpec]) -> tuple[StrategySpec, ...]:
     """Check names, parameters and composition and fill in every default. Raises Invalid."""
-    resolved = []
+    resolved, configs = [], []
     for position, spec in enumerate(strategies):
         pointer = f"/strategy/{position}"
         _check_finite(spec.params, pointer)
@@ -70,8 +70,9 @@ def resolve_strategies(strategies: Sequence[StrategySpec]) -> tuple[StrategySpec
         except (ConfigError, TypeError) as error:
             _refuse(pointer, str(error))
         resolved.append(StrategySpec(type=spec.type, **dataclasses.asdict(config)))
+        configs.append((spec.type, config))
     try:
-        check_composition([spec.type for spec in strategies])
+        check_composition(configs)
     except ConfigError as error:
         _refuse("/strategy", str(error))
     return tuple(resolved)

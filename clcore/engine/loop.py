@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from clcore.engine import parallel
 from clcore.engine.errors import ConfigError, DataError, TrainingDivergedError
-from clcore.engine.loss import completion_nll
+from clcore.engine.loss import RowLosses, completion_nll
 from clcore.engine.memory import MemorySession
 from clcore.engine.params import Params
 from clcore.engine.strategy import Strategy
@@ -117,7 +117,8 @@ def fit_task(
     Starts a fresh optimizer. resume is a state that on_checkpoint received: training goes on as if never
     interrupted. should_stop is asked on rank 0 before each step; when it says yes, on_checkpoint gets a state
     and training ends without after_training. Reseeds torch's generator before every step, so that dropout is
-    reproducible.
+    reproducible. A strategy that owns the adapter's structure leaves one plain adapter behind; stopped in the
+    middle of a task it leaves the model as it is, and the task goes on from the model that it started with.
 
     Raises DataError for an empty data set, TrainingDivergedError when the loss is no longer finite.
     """
@@ -185,6 +186,7 @@ def fit_task(
         with clock.strategy():
             strategy.after_training(task_id, dataset)
             metrics = strategy.metrics()
+            model = strategy.release_model(model, task_id)
         memory.version = parallel.from_rank0(memory.commit() if parallel.rank() == 0 else 0)
     label_total, token_total, replay_total = map(int, totals)
     return FitResult(
@@ -230,11 +232,13 @@ def _backward(
             parallel.no_gradient_sync(model, skip=i + 1 < len(micro_batches)),
             torch.autocast(device.type, torch.bfloat16, enabled=config.precision == "bf16"),
         ):
-            nll, _ = completion_nll(model, batch)
+            nll, num_labels = completion_nll(model, batch)
             # Gradients are averaged over ranks, so the loss is scaled up to become a sum.
-            loss: Tensor = nll.sum() * (parallel.world_size() / label_tokens)
+            scale = parallel.world_size() / label_tokens
+            loss: Tensor = nll.sum() * scale
             with clock.strategy():
-                loss = strategy.modify_loss(loss, batch=batch)
+                outputs = RowLosses(nll, num_labels, [e.get("ref") for e in examples], scale)
+                loss = strategy.modify_loss(loss, batch=batch, outputs=outputs)
             loss.backward()  # type: ignore[no-untyped-call]
         nll_sum += float(nll.sum().detach())
     return parallel.sum_over_ranks([nll_sum])[0] / label_tokens

@@ -4,7 +4,7 @@ The loop calls them in this order, once per task:
 
     load_state_dict   prepare_model   (wrap)   bind   before_training
       per step:  mix_batch   modify_loss   (backward, sync)   modify_gradients   (clip, step)   modify_update
-    after_training   (memory commit)
+    after_training   metrics   release_model   (memory commit)
 
 Every hook is optional. A strategy never hides in a tensor hook: FSDP2 fires none.
 """
@@ -48,6 +48,8 @@ class Strategy:
     gradient_order: ClassVar[int] = ADDS
     needs_attach: ClassVar[bool] = False
     """Used alone, the method works only after attach(optimizer)."""
+    adapter_is_fresh: bool = False
+    """Each task trains a new pair that starts at 0, beside the frozen ones of earlier tasks; set before bind."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
@@ -97,6 +99,10 @@ class Strategy:
     def metrics(self) -> Mapping[str, float]:
         """Return numbers worth showing; called once per task, after after_training."""
         return {}
+
+    def release_model(self, model: nn.Module, task_id: str) -> nn.Module:  # noqa: ARG002
+        """Undo what prepare_model did for training: leave one plain adapter that holds everything learnt."""
+        return model
 
     def state_dict(self) -> dict[str, Any]:
         """Return what changes between steps: tensors, numbers, strings, lists and dicts only."""
@@ -152,6 +158,7 @@ class Composed(Strategy):
         self.strategies = list(strategies)
         self.edits_update = any(s.edits_update for s in strategies)
         self.owns_adapter = any(s.owns_adapter for s in strategies)
+        self.adapter_is_fresh = any(s.adapter_is_fresh for s in strategies)
         self.is_bound = self.is_attached = False
 
     def prepare_model(self, model: nn.Module, task_id: str, memory: MemorySession) -> nn.Module:
@@ -162,6 +169,7 @@ class Composed(Strategy):
     def bind(self, model: nn.Module, params: Params, memory: MemorySession) -> None:
         super().bind(model, params, memory)
         for strategy in self.strategies:
+            strategy.adapter_is_fresh = self.adapter_is_fresh
             strategy.bind(model, params, memory)
 
     def before_training(self, task_id: str, train_dataset: Any = None) -> Any:
@@ -191,7 +199,8 @@ class Composed(Strategy):
             strategy.modify_gradients(params)
 
     def modify_update(self, params: Params, before: Mapping[str, Tensor]) -> None:
-        for strategy in sorted(self.strategies, key=lambda s: s.gradient_order):
+        # The other way round: who observes sees the update that projections left.
+        for strategy in sorted(self.strategies, key=lambda s: -s.gradient_order):
             strategy.modify_update(params, before)
 
     def after_training(self, task_id: str, train_dataset: Any = None) -> None:
@@ -200,6 +209,11 @@ class Composed(Strategy):
 
     def metrics(self) -> Mapping[str, float]:
         return {f"{s.name}/{key}": value for s in self.strategies for key, value in s.metrics().items()}
+
+    def release_model(self, model: nn.Module, task_id: str) -> nn.Module:
+        for strategy in self.strategies:
+            model = strategy.release_model(model, task_id)
+        return model
 
     def state_dict(self) -> dict[str, Any]:
         return {s.name: s.state_dict() for s in self.strategies}
@@ -220,7 +234,7 @@ def compose(strategies: Sequence[Strategy]) -> Strategy:
     # Not at the top: the strategies that the registry names import this file.
     from clcore.engine.registry import check_composition
 
-    check_composition([strategy.name for strategy in strategies])
+    check_composition([(strategy.name, getattr(strategy, "config", None)) for strategy in strategies])
     models = {id(strategy.model) for strategy in strategies}
     if len(models) > 1:
         raise CompositionError("strategies of one composition must be built for the same model")

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 
 from clcore.engine import parallel
+from clcore.engine.adapters import assign_trained
 from clcore.engine.errors import ClError, DataError, StateError
 from clcore.engine.loop import FitResult, StepReport, TrainConfig, fit_task
 from clcore.engine.memory import MemorySession
@@ -117,7 +118,7 @@ class Worker:
         self.emit("task.started", task=task.name, task_index=task.index, num_steps=task.steps)
         if resume and resume["phase"] == "trained":
             values = {name: torch.as_tensor(value) for name, value in resume["params"].items()}
-            Params.of(self.loaded.model).assign(values)
+            assign_trained(self.loaded.model, values)
             summary, version = dict(resume["summary"]), int(resume["memory_version"])
         else:
             result = self._train(task, version, resume["training"] if resume else None)

@@ -33,10 +33,10 @@ def test_an_unknown_strategy_is_refused_with_the_known_ones() -> None:
         strategy_class,
         config_class,
         lambda name: make_config(name, {}),
-        lambda n: check_composition([n]),
+        lambda n: check_composition([(n, None)]),
     ):
         with pytest.raises(
-            ConfigError, match="unknown strategy 'magic'; known: ewc, experience_replay, none"
+            ConfigError, match=f"unknown strategy 'magic'; known: {', '.join(sorted(registry.STRATEGIES))}"
         ):
             refuse("magic")
 
@@ -98,9 +98,9 @@ def test_strategies_that_cannot_work_together_are_refused(monkeypatch: pytest.Mo
         (["owner_one", "ewc", "owner_two"], "only one strategy may own .* owner_one, owner_two"),
     ]:
         with pytest.raises(CompositionError, match=said):
-            check_composition(names)
-    check_composition(["ewc", "experience_replay", "owner_one"])
-    check_composition(["none"])
+            check_composition([(name, None) for name in names])
+    check_composition([("ewc", None), ("experience_replay", None), ("owner_one", None)])
+    check_composition([("none", None)])
 
 
 def test_composing_one_strategy_gives_it_back_and_two_models_are_refused() -> None:

@@ -23,7 +23,7 @@ from service.memory.actor import NAMESPACE, actor_name, start_memory
 from service.memory.client import ActorMemory
 from service.memory.rows import RowReader, row_ref
 from service.ray_head import RayHead
-from service.specs import PlannedDataset, RunPlan
+from service.specs import PlannedDataset, RunPlan, StrategySpec
 from service.workers.progress import find_progress, read_manifest
 from tests.service.tiny import letter_rows, put_dataset, put_plan, save_tiny_model
 
@@ -134,6 +134,29 @@ def test_a_driver_killed_inside_a_task_goes_on_from_its_checkpoint_bit_for_bit(
     assert {(data["task"], data["step"]) for data in resumed} == {("t1", step) for step in range(6, 13)}  # type: ignore[index]
     ours = adapter_bytes(storage, task_key(plan.run_id, 2, 1))
     assert ours == adapter_bytes(straight[0], task_key("run_straight", 1, 1))
+
+
+def test_a_driver_killed_before_the_evaluation_of_a_grown_adapter_ends_with_the_same_bytes(
+    ray_head: RayHead, model: Path, storage: Storage
+) -> None:
+    strategy = (StrategySpec(type="orthogonal_lora"), StrategySpec(type="experience_replay"))
+    straight = put_plan(storage, model, "run_owner", strategy=strategy)
+    assert start_driver(ray_head, storage, straight.run_id, 1).wait(240) == 0
+    plan = put_plan(storage, model, "run_owner_cut", strategy=strategy)
+    driver = start_driver(ray_head, storage, plan.run_id, 1)
+    checkpoint = f"runs/{plan.run_id}/train/a1/task00001-step000000006/training.json"
+    wait_for(lambda: storage.exists(checkpoint), driver)
+    driver.send_signal(signal.SIGKILL)
+    driver.wait()
+    assert find_progress(storage, plan, 2).num_done == 1
+    assert start_driver(ray_head, storage, plan.run_id, 2).wait(240) == 0
+    assert "step" not in {event["type"] for event in read_events(storage, plan.run_id, 2)}
+    folders = [task_key(straight.run_id, 1, 1), task_key(plan.run_id, 2, 1)]
+    assert adapter_bytes(storage, folders[0]) == adapter_bytes(storage, folders[1])
+    assert storage.read_json(f"{folders[1]}/adapter/adapter_config.json")["r"] == 2 * plan.peft.r
+    first = load_file(storage.path(f"{task_key(straight.run_id, 1, 0)}/adapter/adapter_model.safetensors"))
+    both = load_file(storage.path(f"{folders[0]}/adapter/adapter_model.safetensors"))
+    assert all((both[name][: plan.peft.r] == a).all() for name, a in first.items() if "lora_A" in name)
 
 
 def test_a_bad_row_fails_the_run_with_its_number_and_no_retry(

@@ -1,0 +1,174 @@
+"""Orthogonal LoRA (Wang et al. 2023, O-LoRA, Findings of EMNLP): each task's pair avoids the rows of earlier A.
+
+The basis Q of a layer spans the rows of every earlier task's A. The fresh A starts outside it and each applied
+update is projected, A <- A - (A Q^T) Q, so that A_new A_old^T = 0 holds to float rounding without a strength to
+tune. The published form, a penalty on that product, is there as an option, in squared form and on the basis,
+where it does not grow with the size of old weights:
+
+    penalty = lambda * sum over layers ||A Q^T||_F^2
+
+Only row spaces are kept apart. Inputs of old tasks need not be orthogonal to the new A, so this reduces
+interference and does not exclude forgetting; adaptive_svd with source="activations" does that.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from clcore.engine.adapters import lora_layers, parameter_names, read_pair
+from clcore.engine.errors import ConfigError, StrategyError
+from clcore.engine.memory import MemorySession
+from clcore.engine.params import Params
+from clcore.strategies.fresh_pair import FreshPairStrategy
+from clcore.strategies.subspace import Subspaces, empty_basis, grow
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OrthogonalLoRAConfig:
+    """Parameters of orthogonal LoRA in a job."""
+
+    orthogonal_constraint_lambda: float = 1.0
+    """Strength of the penalty; without effect unless use_loss_regularization."""
+    orthogonal_projection_alpha: float = 1.0
+    """Share of the overlap that projection removes, in [0, 1]; 1 keeps the rows exactly orthogonal."""
+    use_gradient_projection: bool = True
+    """Project gradients and applied updates. False leaves the penalty alone, as published."""
+    use_loss_regularization: bool = False
+    """Add the penalty. It is 0 as long as the projection is complete."""
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.orthogonal_constraint_lambda) and self.orthogonal_constraint_lambda >= 0):
+            raise ConfigError(
+                "orthogonal_constraint_lambda must be a finite number of at least 0, "
+                f"got {self.orthogonal_constraint_lambda}"
+            )
+        if not 0 <= self.orthogonal_projection_alpha <= 1:
+            raise ConfigError(
+                f"orthogonal_projection_alpha must be in [0, 1], got {self.orthogonal_projection_alpha}"
+            )
+
+
+class OrthogonalLoRA(FreshPairStrategy):
+    """A fresh LoRA pair per task whose A stays orthogonal to every earlier A.
+
+    Alone: before_training, then build the optimizer and attach(optimizer); or modify_loss for the penalty.
+    """
+
+    name = "orthogonal_lora"
+    Config: ClassVar[type[Any]] = OrthogonalLoRAConfig
+
+    def __init__(
+        self,
+        model: nn.Module,
+        orthogonal_constraint_lambda: float = 1.0,
+        orthogonal_projection_alpha: float = 1.0,
+        use_gradient_projection: bool = True,
+        use_loss_regularization: bool = True,
+    ) -> None:
+        super().__init__(model)
+        self.config = OrthogonalLoRAConfig(
+            orthogonal_constraint_lambda=orthogonal_constraint_lambda,
+            orthogonal_projection_alpha=orthogonal_projection_alpha,
+            use_gradient_projection=use_gradient_projection,
+            use_loss_regularization=use_loss_regularization,
+        )
+        self.strength = orthogonal_projection_alpha if use_gradient_projection else 0.0
+        self.edits_update = self.strength > 0
+        self._metrics: dict[str, float] = {}
+
+    # -------------------------------------------------------------------------------------------------- hooks
+
+    def bind(self, model: nn.Module, params: Params, memory: MemorySession) -> None:
+        super().bind(model, params, memory)
+        self._start()
+
+    def before_training(self, task_id: str, train_dataset: Any = None) -> Any:
+        """Start a task; alone this adds the fresh pair, so build the optimizer after it."""
+        super().before_training(task_id, train_dataset)
+        if not self.is_bound:
+            self._start()
+        return train_dataset
+
+    def modify_loss(
+        self,
+        loss: Tensor,
+        model: nn.Module | None = None,  # noqa: ARG002
+        *,
+        batch: Mapping[str, Tensor] | None = None,  # noqa: ARG002
+        outputs: Any = None,  # noqa: ARG002
+    ) -> Tensor:
+        """Add the penalty to a loss; inside fit_task or after attach() the gradient carries it instead."""
+        if self.is_bound or self.is_attached or not self.config.use_loss_regularization:
+            return loss
+        return loss + self.penalty().to(loss.dtype)
+
+    def penalty(self) -> Tensor:
+        """Return lambda * sum ||A Q^T||_F^2 as a scalar; 0 in the first task."""
+        parts = [inside.square().sum() for _, inside in self.protected.coefficients(self.params)]
+        zero = torch.zeros((), device=next(iter(self.params.values())).device)
+        return self.config.orthogonal_constraint_lambda * sum(parts, start=zero)
+
+    @torch.no_grad()
+    def modify_gradients(self, params: Params | None = None) -> None:
+        """Add the penalty's gradient, 2 lambda (A Q^T) Q, and project what comes out."""
+        params = self.params if params is None else params
+        if self.config.use_loss_regularization:
+            pull = {name: p.detach().clone() for name, p in params.items()}
+            self.protected.remove(pull)  # what is left is outside
+            for name in self.protected.right:
+                p = params[name]
+                inside = (p - pull[name]) * (2 * self.config.orthogonal_constraint_lambda)
+                p.grad = inside if p.grad is None else p.grad.add_(inside)
+        if self.strength:
+            super().modify_gradients(params)
+
+    @torch.no_grad()
+    def modify_update(self, params: Params, before: Mapping[str, Tensor]) -> None:
+        """Keep the applied update off the rows of earlier pairs."""
+        if self.strength:
+            super().modify_update(params, before)
+
+    def after_training(self, task_id: str, train_dataset: Any = None) -> None:  # noqa: ARG002
+        """Add the rows of the task's A to what later tasks avoid."""
+        overlap = self.get_orthogonality_visualization()
+        rank, bases, used = self.rank, self._layer_bases("basis"), []
+        for name, layer in lora_layers(self.model).items():
+            a, _ = read_pair(layer)
+            bases[name] = grow(bases.get(name, empty_basis(a.shape[1], a.device)), a)
+            used.append(len(bases[name]) / a.shape[1])
+        self._metrics = {
+            "overlap_max": max(overlap.values()),
+            "capacity_used_max": max(used),
+            "capacity_used_mean": sum(used) / len(used),
+        }
+        self.memory.stage(self.name, {"rank": rank, "basis": bases})
+        self.finish_task()
+
+    def metrics(self) -> Mapping[str, float]:
+        """Return the largest overlap with earlier rows and the share of directions that are taken."""
+        return dict(self._metrics)
+
+    # --------------------------------------------------------------------------------------------- inspection
+
+    def get_orthogonality_visualization(self) -> dict[str, float]:
+        """Return per layer ||A Q^T||_F / ||A||_F: 0 orthogonal to every earlier task, 1 inside their span."""
+        shares = self.protected.inside_share({name: p.detach() for name, p in self.params.items()})
+        return {name: shares.get(parameter_names(name)[0], 0.0) for name in lora_layers(self.model)}
+
+    # -------------------------------------------------------------------------------------------------- inner
+
+    def _start(self) -> None:
+        """Load the bases. Raises StrategyError when earlier tasks took every direction of a layer."""
+        bases = self._layer_bases("basis")
+        for name, basis in bases.items():
+            if len(basis) == basis.shape[1]:
+                raise StrategyError(
+                    f"no direction is left for a new task in {name!r}: all {len(basis)} are taken"
+                )
+        self.protect(Subspaces({parameter_names(name)[0]: basis for name, basis in bases.items()}))
