@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from clcore.engine.errors import BackendError, ConfigError, DataError, TrainingDivergedError
 from clcore.engine.loop import StepReport, scheduled_learning_rate
+from clcore.engine.loss import RowLosses
 from clcore.engine.params import Params
 from clcore.engine.tasks import IGNORE, Example, collate
 from clcore.strategies.ewc_base import BaseEWC
@@ -223,3 +224,24 @@ def test_a_batch_of_rows_is_not_changed_by_training_on_it() -> None:
     before = [example["input_ids"].clone() for example in dataset]
     fit(tiny_llama(), dataset)
     assert all(torch.equal(a, b["input_ids"]) for a, b in zip(before, dataset, strict=True))
+
+
+def test_modify_loss_sees_the_loss_row_by_row_with_its_graph_and_references() -> None:
+    seen: list[tuple[Tensor, RowLosses]] = []
+
+    class Watch(NoStrategy):
+        def modify_loss(
+            self, loss: Tensor, model: Any = None, *, batch: Any = None, outputs: Any = None
+        ) -> Tensor:
+            assert outputs.row_nll.requires_grad
+            seen.append((loss.detach(), outputs))
+            return loss
+
+    model, dataset = tiny_llama(), tiny_dataset("t0", 4)
+    fit(model, dataset, Watch(model), num_steps=1, batch_size=4, micro_batch_size=2)
+    assert sorted(ref for _, rows in seen for ref in rows.refs) == [f"t0:{i}" for i in range(4)]
+    for loss, rows in seen:
+        assert float(loss) == pytest.approx(float(rows.row_nll.detach().sum()) * rows.scale)
+    num_labels = sum(int(rows.num_labels.sum()) for _, rows in seen)
+    assert num_labels == sum(int((e["labels"][1:] != IGNORE).sum()) for e in dataset)
+    assert {rows.scale for _, rows in seen} == {1 / num_labels}

@@ -80,6 +80,21 @@ def test_a_strategy_is_built_with_job_defaults_and_the_given_parameters() -> Non
     assert (replay.replay.replay_ratio, replay.replay.replay_frequency) == (0.1, 1)
 
 
+@pytest.mark.parametrize("owner", ["orthogonal_lora", "adaptive_svd"])
+def test_what_compares_factors_is_refused_beside_a_strategy_that_makes_new_ones(owner: str) -> None:
+    for name, params in [("ewc", {}), ("ewc_online", {}), ("si", {})]:
+        both = [(owner, make_config(owner, {})), (name, make_config(name, params))]
+        with pytest.raises(CompositionError, match=f"{owner!r} trains a new pair .* so {name!r}"):
+            check_composition(both)
+    model = tiny_llama()
+    with pytest.raises(CompositionError, match=r"space='delta_w' works"):
+        compose([build_strategy(owner, {}, model), build_strategy("ewc", {}, model)])
+    for name in ("ewc", "ewc_online"):
+        delta_w = build_strategy(name, {"space": "delta_w"}, model)
+        replay = build_strategy("prioritized_replay", {}, model)
+        compose([build_strategy(owner, {}, model), delta_w, replay])
+
+
 class OwnerOne(Strategy):
     name, owns_adapter = "owner_one", True
 
@@ -167,6 +182,10 @@ class Recorder(Strategy):
     def metrics(self) -> Mapping[str, float]:
         return {"value": 1.0}
 
+    def release_model(self, model: nn.Module, task_id: str) -> nn.Module:  # noqa: ARG002
+        self.note("release")
+        return model
+
     def state_dict(self) -> dict[str, Any]:
         return {"name": self.name}
 
@@ -174,7 +193,7 @@ class Recorder(Strategy):
         self.taken = state
 
 
-def test_hooks_run_in_order_and_gradients_pass_observers_then_adders_then_projectors() -> None:
+def test_hooks_run_in_order_and_gradients_pass_observers_adders_projectors_and_updates_the_other_way() -> None:
     model, calls = tiny_llama(), []
     parts = [
         Recorder(model, "p", PROJECTS, calls),
@@ -194,7 +213,7 @@ def test_hooks_run_in_order_and_gradients_pass_observers_then_adders_then_projec
         ("loss", given),
         ("loss", given),
     ]
-    rest = [("gradients", sorted_), ("update", sorted_), ("after", given)]
+    rest = [("gradients", sorted_), ("update", sorted_[::-1]), ("after", given), ("release", given)]
     assert calls == [f"{hook}:{name}" for hook, names in [*once, *rest] for name in names]
     assert result.metrics == {"p/value": 1.0, "o/value": 1.0, "a/value": 1.0}
     assert parts[0].taken == {}  # nobody edits updates: nothing was copied
