@@ -2,10 +2,11 @@
 
     penalty = lambda/2 * sum_k sum_i F_k,i (theta_i - theta*_k,i)^2          over earlier tasks k
 
-F_k is the exact empirical diagonal Fisher at the end of task k (per-row gradients, see engine/fisher.py). All
-tasks collapse without loss into one importance F = sum F_k, one anchor = sum F_k theta*_k / F and one
-constant, so cost and memory do not grow with the number of tasks. lambda here is twice Avalanche's and
-mammoth's, which leave out the 1/2.
+In space "factors" theta are the trainable parameters and F_k is the exact diagonal Fisher at the end of task
+k (per-row gradients, see engine/fisher.py). All tasks collapse without loss into one importance F = sum F_k,
+one anchor = sum F_k theta*_k / F and one constant, so cost and memory do not grow with the number of tasks.
+In space "delta_w" theta is the change of each LoRA layer's weight and F_k a rank-1 approximation (see
+ewc_delta_w.py). lambda here is twice Avalanche's and mammoth's, which leave out the 1/2.
 """
 
 from __future__ import annotations
@@ -21,14 +22,17 @@ from torch import Tensor, nn
 
 from clcore.engine import parallel
 from clcore.engine.errors import ConfigError, DataError, StateError
-from clcore.engine.fisher import squared_gradients
 from clcore.engine.loss import completion_nll
 from clcore.engine.memory import MemorySession
 from clcore.engine.params import Params
 from clcore.engine.strategy import Strategy
 from clcore.engine.tasks import Example, collate, derive_seed, iter_examples
+from clcore.strategies.ewc_delta_w import DeltaW
+from clcore.strategies.ewc_factors import Consolidated
 
 FISHER_BATCH_ROWS = 8
+METHODS = ("empirical", "sample")
+SPACES: dict[str, type[Consolidated] | type[DeltaW]] = {"factors": Consolidated, "delta_w": DeltaW}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -40,43 +44,31 @@ class EWCConfig:
     fisher_sample_size: int = 128
     """Rows of a task that the Fisher is estimated on; all rows when there are fewer."""
     fisher_estimation_method: str = "empirical"
+    """"empirical": the labels of the data; "sample": each label drawn once from the model's prediction."""
     normalize_fisher: bool = True
     """Divide each task's Fisher by its largest value over the whole model."""
+    space: str = "factors"
+    """"factors": LoRA's A and B each by itself; "delta_w": their product, the change of a layer's weight."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.ewc_lambda) and self.ewc_lambda >= 0):
             raise ConfigError(f"ewc_lambda must be a finite number of at least 0, got {self.ewc_lambda}")
         if self.fisher_sample_size < 1:
             raise ConfigError(f"fisher_sample_size must be at least 1, got {self.fisher_sample_size}")
-        if self.fisher_estimation_method != "empirical":
-            raise ConfigError(
-                f"fisher_estimation_method must be 'empirical', got {self.fisher_estimation_method!r}"
-            )
+        for name, allowed in (("fisher_estimation_method", METHODS), ("space", tuple(SPACES))):
+            if getattr(self, name) not in allowed:
+                raise ConfigError(
+                    f"{name} must be {' or '.join(map(repr, allowed))}, got {getattr(self, name)!r}"
+                )
 
-
-@dataclasses.dataclass
-class Consolidated:
-    """The sum of all earlier tasks' quadratic penalties as one: importance, anchor and a constant."""
-
-    importance: dict[str, Tensor]
-    anchor: dict[str, Tensor]
-    offset: float = 0.0
-    """sum_k F_k (theta*_k - anchor)^2, summed over parameters: what the one-anchor form leaves out."""
-
-    def add(self, fisher: Mapping[str, Tensor], theta: Mapping[str, Tensor]) -> None:
-        """Add a task's penalty exactly: a sum of parabolas is a parabola around the weighted mean."""
-        for name, f_new in fisher.items():
-            f_old, anchor = self.importance[name], self.anchor[name]
-            f_sum = f_old + f_new
-            share = torch.where(f_sum > 0, f_new / f_sum, torch.zeros_like(f_sum))
-            distance = theta[name].float() - anchor
-            self.offset += float((f_old * share * distance.square()).sum(dtype=torch.float64))
-            self.importance[name] = f_sum
-            self.anchor[name] = anchor + share * distance
+    @property
+    def needs_same_adapter(self) -> bool:
+        """Whether a task must go on training the factors of the task before."""
+        return self.space == "factors"
 
 
 class BaseEWC(Strategy):
-    """EWC in the space of the adapter's factors.
+    """EWC; space says on what.
 
     Alone: before_training, then train with modify_loss on the loss (or attach(optimizer), which adds the same
     penalty to the gradients instead), then after_training with the task's data set. In fit_task the penalty
@@ -85,6 +77,8 @@ class BaseEWC(Strategy):
 
     name = "ewc"
     Config: ClassVar[type[Any]] = EWCConfig
+    online_gamma: float | None = None
+    """How earlier tasks fade when one is added; None: they do not."""
 
     def __init__(
         self,
@@ -93,6 +87,8 @@ class BaseEWC(Strategy):
         fisher_sample_size: int = 200,
         fisher_estimation_method: str = "empirical",
         normalize_fisher: bool = True,
+        *,
+        space: str = "factors",
     ) -> None:
         super().__init__(model)
         self.config = EWCConfig(
@@ -100,8 +96,9 @@ class BaseEWC(Strategy):
             fisher_sample_size=fisher_sample_size,
             fisher_estimation_method=fisher_estimation_method,
             normalize_fisher=normalize_fisher,
+            space=space,
         )
-        self.consolidated: Consolidated | None = None
+        self.consolidated: Consolidated | DeltaW | None = None
         self._first_scores: dict[str, float] = {}
         self._metrics: dict[str, float] = {}
 
@@ -110,6 +107,11 @@ class BaseEWC(Strategy):
     def bind(self, model: nn.Module, params: Params, memory: MemorySession) -> None:
         super().bind(model, params, memory)
         self.consolidated = self._read()
+
+    def before_training(self, task_id: str, train_dataset: Any = None) -> Any:
+        """Start a task. Raises FisherError for an adapter whose Fisher cannot be estimated at its end."""
+        SPACES[self.config.space].check(self.model, self.params)
+        return super().before_training(task_id, train_dataset)
 
     def modify_loss(
         self,
@@ -129,27 +131,18 @@ class BaseEWC(Strategy):
         params = self.params if params is None else params
         if self.consolidated is None:
             return torch.zeros((), device=next(iter(params.values())).device)
-        terms = [
-            (self.consolidated.importance[name] * (p.float() - self.consolidated.anchor[name]).square()).sum()
-            for name, p in params.items()
-        ]
-        return self.config.ewc_lambda / 2 * (torch.stack(terms).sum() + self.consolidated.offset)
+        return self.config.ewc_lambda / 2 * self.consolidated.value(params)
 
-    @torch.no_grad()
     def modify_gradients(self, params: Params | None = None) -> None:
-        """Add the penalty's gradient, lambda * F (theta - anchor)."""
-        if self.consolidated is None:
-            return
-        for name, p in (self.params if params is None else params).items():
-            pull = self.consolidated.importance[name] * (p.float() - self.consolidated.anchor[name])
-            pull = (self.config.ewc_lambda * pull).to(p.dtype)
-            p.grad = pull if p.grad is None else p.grad.add_(pull)
+        """Add the penalty's gradient, in factor space lambda * F (theta - anchor)."""
+        if self.consolidated is not None:
+            self.consolidated.add_gradient(self.params if params is None else params, self.config.ewc_lambda)
 
     def after_training(self, task_id: str, train_dataset: Any = None) -> None:
         """Estimate the task's Fisher on its rows and add it to what is protected.
 
-        Raises ConfigError without a data set, DataError for an empty one, FisherError for an untrained
-        adapter.
+        Raises ConfigError without a data set, DataError for an empty one, FisherError in factor space for an
+        untrained adapter: where B is 0, A's Fisher is 0. The Fisher of dW is not, so "delta_w" takes it.
         """
         if train_dataset is None:
             raise ConfigError(
@@ -158,18 +151,18 @@ class BaseEWC(Strategy):
         examples = list(iter_examples(train_dataset, task_id))
         if not examples:
             raise DataError(f"task {task_id!r} has no rows to estimate the Fisher on")
-        fisher, num_rows = self._fisher(task_id, examples)
-        largest = max(float(f.max()) for f in fisher.values())
-        if self.config.normalize_fisher and largest > 0:
-            fisher = {name: f / largest for name, f in fisher.items()}
-        theta = {name: p.detach().float().clone() for name, p in self.params.items()}
+        space = SPACES[self.config.space]
+        fisher: Any
+        fisher, largest, num_rows = space.estimate(
+            self.model, self.params, self._batches(task_id, examples), normalize=self.config.normalize_fisher
+        )
         if self.consolidated is None:
-            self.consolidated = Consolidated(fisher, theta)
+            self.consolidated = space.first(fisher, self.model, self.params, is_fresh=self.adapter_is_fresh)
         else:
-            self.consolidated.add(fisher, theta)
+            self.consolidated.add(fisher, self.params, self.online_gamma)
         untrained = sum(1.0 for n, p in self.params.items() if "lora_B" in n and not bool(p.detach().any()))
         self._metrics = {"fisher_rows": float(num_rows), "fisher_max": largest, "modules_with_B_0": untrained}
-        self.memory.stage(self.name, dataclasses.asdict(self.consolidated))
+        self.memory.stage(self.name, self.consolidated.state())
         self.finish_task()
 
     def metrics(self) -> Mapping[str, float]:
@@ -191,47 +184,38 @@ class BaseEWC(Strategy):
         return {"first": first, "now": now, "forgetting": first - now}
 
     def get_importance_visualization(self, top_k: int = 10) -> dict[str, float]:
-        """Return the top_k parameters by mean importance, largest first: name -> mean Fisher."""
+        """Return the top_k parameters (in delta_w: layers) by mean importance: name -> mean Fisher."""
         if self.consolidated is None:
             return {}
-        means = {name: float(f.mean()) for name, f in self.consolidated.importance.items()}
+        means = self.consolidated.means()
         return dict(sorted(means.items(), key=lambda item: -item[1])[:top_k])
 
     # -------------------------------------------------------------------------------------------------- inner
 
-    def _fisher(self, task_id: str, examples: Sequence[Example]) -> tuple[dict[str, Tensor], int]:
-        """Average squared per-row gradients over sampled rows of all ranks."""
+    def _batches(self, task_id: str, examples: Sequence[Example]) -> Iterator[dict[str, Tensor]]:
+        """Yield this rank's share of the sampled rows; which rows depends on seed and task alone."""
         seed = derive_seed(self.memory.seed, task_id, "fisher")
         count = min(self.config.fisher_sample_size, len(examples))
         chosen = np.random.default_rng(seed).choice(len(examples), count, replace=False)
-        mine = [examples[i] for i in chosen[parallel.rank() :: parallel.world_size()]]
-        total, num_rows = squared_gradients(self.model, self.params, self._batches(mine))
-        parallel.all_reduce_sum(list(total.values()))
-        rows = int(parallel.sum_over_ranks([num_rows])[0])
-        return {name: f / rows for name, f in total.items()}, rows
-
-    def _batches(self, examples: Sequence[Example]) -> Iterator[dict[str, Tensor]]:
+        mine = [int(i) for i in chosen[parallel.rank() :: parallel.world_size()]]
+        mine.sort(key=lambda i: len(examples[i]["input_ids"]))  # little padding
         device = next(iter(self.params.values())).device
-        by_length = sorted(examples, key=lambda example: len(example["input_ids"]))  # little padding
-        for start in range(0, len(by_length), FISHER_BATCH_ROWS):
-            yield collate(by_length[start : start + FISHER_BATCH_ROWS], 0, device)
+        for start in range(0, len(mine), FISHER_BATCH_ROWS):
+            rows = mine[start : start + FISHER_BATCH_ROWS]
+            batch = collate([examples[i] for i in rows], 0, device)
+            if self.config.fisher_estimation_method == "sample":
+                batch["row_seeds"] = torch.tensor([derive_seed(seed, "label", i) for i in rows])
+            yield batch
 
-    def _read(self) -> Consolidated | None:
+    def _read(self) -> Consolidated | DeltaW | None:
         state = self.memory.read(self.name)
         if not state:
             return None
-        shapes = {name: tuple(p.shape) for name, p in self.params.items()}
-        stored = {name: tuple(np.shape(value)) for name, value in state["importance"].items()}
-        if stored != shapes:
-            odd = sorted({*stored.items()} ^ {*shapes.items()})[0]
+        if state["space"] != self.config.space:
             raise StateError(
-                f"stored Fisher does not fit the adapter: {odd[0]!r} has shape {odd[1]} on one side only"
+                f"stored state is of space {state['space']!r}, this strategy has space={self.config.space!r}"
             )
-
-        def load(key: str) -> dict[str, Tensor]:
-            return {n: torch.tensor(v, device=self.params[n].device) for n, v in state[key].items()}
-
-        return Consolidated(load("importance"), load("anchor"), float(state["offset"]))
+        return SPACES[self.config.space].load(state, self.model, self.params, is_fresh=self.adapter_is_fresh)
 
 
 @torch.no_grad()

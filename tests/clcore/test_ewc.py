@@ -13,7 +13,8 @@ from clcore.engine.errors import ConfigError, DataError, FisherError, StateError
 from clcore.engine.loss import completion_nll
 from clcore.engine.params import Params
 from clcore.engine.tasks import Example, collate
-from clcore.strategies.ewc_base import BaseEWC, Consolidated
+from clcore.strategies.ewc_base import BaseEWC
+from clcore.strategies.ewc_factors import Consolidated
 from tests.clcore.fitting import fit
 from tests.clcore.tiny import (
     assert_close,
@@ -286,12 +287,58 @@ def test_the_importance_picture_holds_the_top_means_largest_first(learnt: Any) -
         ({"ewc_lambda": float("nan")}, "ewc_lambda .* got nan"),
         ({"ewc_lambda": float("inf")}, "ewc_lambda .* got inf"),
         ({"fisher_sample_size": 0}, "fisher_sample_size must be at least 1, got 0"),
-        ({"fisher_estimation_method": "exact"}, "must be 'empirical', got 'exact'"),
+        ({"fisher_estimation_method": "exact"}, "must be 'empirical' or 'sample', got 'exact'"),
+        ({"space": "weights"}, "space must be 'factors' or 'delta_w', got 'weights'"),
     ],
 )
 def test_a_bad_parameter_is_refused_with_its_value(params: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         BaseEWC(tiny_llama(), **params)
+
+
+@pytest.mark.parametrize("space", ["factors", "delta_w"])
+def test_parameters_in_bfloat16_get_the_same_pull(space: str) -> None:
+    model = tiny_llama(with_b=True)
+    ewc = BaseEWC(model, ewc_lambda=50.0, space=space)
+    ewc.after_training("t0", tiny_dataset("t0", 6))
+    move(model).bfloat16()
+    half = Params.of(model)
+    full = {name: nn.Parameter(p.detach().float()) for name, p in half.items()}
+    ewc.modify_gradients(half)
+    ewc.modify_gradients(Params(full))
+    for name, p in half.items():
+        assert p.grad is not None
+        assert p.grad.dtype == torch.bfloat16
+        expected = full[name].grad
+        assert expected is not None
+        torch.testing.assert_close(p.grad.float(), expected, rtol=1e-2, atol=1e-9)
+
+
+def test_a_sampled_fisher_depends_on_the_seed_and_the_row_but_not_on_how_rows_are_batched(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, dataset = tiny_llama(with_b=True), tiny_dataset("t0", 9)
+
+    def importance(seed: int, method: str = "sample") -> Tensor:
+        ewc = BaseEWC(model, fisher_estimation_method=method)
+        ewc.memory = new_session(seed=seed)
+        ewc.after_training("t0", dataset)
+        assert isinstance(ewc.consolidated, Consolidated)
+        return torch.cat([f.flatten() for f in ewc.consolidated.importance.values()])
+
+    first = importance(0)
+    assert torch.equal(first, importance(0))
+    assert not torch.allclose(first, importance(1), rtol=1e-2)
+    assert not torch.allclose(first, importance(0, "empirical"), rtol=1e-2)
+    monkeypatch.setattr("clcore.strategies.ewc_base.FISHER_BATCH_ROWS", 2)
+    torch.testing.assert_close(importance(0), first, rtol=1e-4, atol=1e-6)
+
+
+def test_an_adapter_that_cannot_be_protected_is_refused_before_training() -> None:
+    model = tiny_llama()
+    next(p for n, p in model.named_parameters() if n.endswith("norm.weight")).requires_grad = True
+    with pytest.raises(FisherError, match=r"norm\.weight' is in neither"):
+        BaseEWC(model).before_training("t0")
 
 
 def test_ending_a_task_needs_rows_and_a_trained_adapter() -> None:

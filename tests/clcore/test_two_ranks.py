@@ -47,6 +47,15 @@ def test_two_ranks_estimate_the_fisher_of_one_rank(
         assert_close(ranks[0]["two_tasks"][key], ranks[1]["two_tasks"][key], atol=0)
 
 
+def test_two_ranks_estimate_the_rank_1_fishers_of_one_rank_even_if_one_has_no_row(
+    ranks: list[dict[str, Any]],
+) -> None:
+    reference = two_ranks.rank_1_fishers()
+    assert len(reference) == 2 * 2 * 4  # methods, a and b, layers
+    assert_close(ranks[0]["rank_1_fishers"], ranks[1]["rank_1_fishers"], atol=0)
+    assert_close(ranks[0]["rank_1_fishers"], reference, atol=1e-4)
+
+
 def test_two_ranks_report_the_loss_and_token_counts_of_one_rank(
     ranks: list[dict[str, Any]], alone: dict[str, Any]
 ) -> None:

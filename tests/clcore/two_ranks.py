@@ -73,6 +73,20 @@ def two_tasks(folder: Path) -> dict[str, Any]:
     }
 
 
+def rank_1_fishers() -> dict[str, Any]:
+    """Estimate rank-1 Fishers on 7 rows and on one, of which a second rank has none."""
+    model = tiny_llama(with_b=True)
+    found: dict[str, Any] = {}
+    for method in ("empirical", "sample"):
+        ewc = BaseEWC(model, fisher_estimation_method=method, space="delta_w")
+        ewc.after_training("t0", tiny_dataset("t0", 7))
+        ewc.after_training("t1", tiny_dataset("t1", 1))
+        assert ewc.consolidated is not None
+        state = ewc.consolidated.state()
+        found |= {f"{method}/{key}/{name}": t for key in "ab" for name, t in state[key].items()}
+    return found
+
+
 def stop_on_rank_0() -> list[int]:
     """Ask for a stop on rank 0 only; return the steps at which this rank took a checkpoint."""
     model, states, answers = tiny_llama(), [], iter([False, False, True])
@@ -109,6 +123,7 @@ def main(rank: int, port: int, folder: str) -> None:
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
     found = {
         "two_tasks": two_tasks(Path(folder)),
+        "rank_1_fishers": rank_1_fishers(),
         "stopped_at": stop_on_rank_0(),
         "collectives": collectives(),
     }
