@@ -211,9 +211,9 @@ class BaseEWC(Strategy):
         state = self.memory.read(self.name)
         if not state:
             return None
-        if state["space"] != self.config.space:
+        if state.get("space") != self.config.space:
             raise StateError(
-                f"stored state is of space {state['space']!r}, this strategy has space={self.config.space!r}"
+                f"stored state is of space {state.get('space')!r}, this strategy has space={self.config.space!r}"
             )
         return SPACES[self.config.space].load(state, self.model, self.params, is_fresh=self.adapter_is_fresh)
 

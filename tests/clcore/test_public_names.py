@@ -14,15 +14,15 @@ EWC = {
     "fisher_estimation_method": "empirical",
     "normalize_fisher": True,
 }
-EXPERIENCE = {"buffer_size": 1000, **REPLAY, "sampling_strategy": "uniform"}
+BUFFER = {"buffer_size": 1000, **REPLAY}
 ARGUMENTS = {
     "ewc_base:BaseEWC": EWC,
     "ewc_online:OnlineEWC": {**EWC, "online_gamma": 0.95},
     "ewc_synaptic:SynapticIntelligence": {"si_lambda": 1.0, "xi": 0.1, "normalize_importance": True},
     "replay_base:ReplayStrategy": REPLAY,
-    "replay_experience:ExperienceReplay": EXPERIENCE,
+    "replay_experience:ExperienceReplay": {**BUFFER, "sampling_strategy": "uniform"},
     "replay_prioritized:PrioritizedExperienceReplay": {
-        **EXPERIENCE,
+        **BUFFER,
         "alpha": 0.6,
         "beta": 0.4,
         "beta_annealing": True,
