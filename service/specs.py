@@ -90,7 +90,7 @@ class TrainingSpec(Spec):
     backend: Literal["ddp", "fsdp", "deepspeed"] = "ddp"
     num_workers: StrictInt = Field(1, ge=1, le=1024)
     precision: Literal["fp32", "bf16"] = "fp32"
-    learning_rate: StrictFloat = Field(5e-4, gt=0, le=10, allow_inf_nan=False)
+    learning_rate: StrictFloat = Field(1e-3, gt=0, le=10, allow_inf_nan=False)
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     warmup_steps: StrictInt = Field(0, ge=0)
     weight_decay: StrictFloat = Field(0.0, ge=0, le=1, allow_inf_nan=False)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from clcore.engine.registry import STRATEGIES
 from service.jobs.runner import RayJobState
 from tests.service.control import Service, write_events, write_outcome, write_task
 
@@ -57,7 +58,7 @@ def test_a_submitted_job_is_shown_with_resolved_defaults_tasks_and_a_queued_run(
 @pytest.mark.parametrize(
     ("changes", "pointer", "says"),
     [
-        ({"strategy": {"type": "magic"}}, "/strategy/0", "'magic'; known: ewc, experience_replay, none"),
+        ({"strategy": {"type": "magic"}}, "/strategy/0", f"'magic'; known: {', '.join(sorted(STRATEGIES))}"),
         ({"strategy": {"type": "ewc", "colour": 1}}, "/strategy/0", "colour"),
         ({"strategy": {"type": "ewc", "ewc_lambda": math.nan}}, "/strategy/0/ewc_lambda", "finite"),
         ({"strategy": {"type": "ewc", "ewc_lambda": "much"}}, "/strategy/0/ewc_lambda", "much"),
