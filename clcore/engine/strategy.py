@@ -133,6 +133,7 @@ class Strategy:
 
         def post_step(*_: object) -> None:
             self.modify_update(self.params, before)
+            before.clear()
 
         optimizer.register_step_pre_hook(pre_step)
         optimizer.register_step_post_hook(post_step)

@@ -63,6 +63,8 @@ class ReplayStrategy(Strategy):
         super().__init__(model)
         self.replay = ReplayConfig(replay_ratio=replay_ratio, replay_frequency=replay_frequency)
         self.stored: list[Example] = []
+        self.last_indices: list[int] = []
+        """Positions in stored of the rows that were drawn last."""
         self._task_id = ""
         self._owed_tokens = 0.0
         self._batches_drawn = 0
@@ -76,7 +78,7 @@ class ReplayStrategy(Strategy):
     def draw(self, rng: np.random.Generator) -> Iterator[int]:
         """Yield positions in self.stored for ever: uniform, each row once before any comes again."""
         while self.stored:
-            yield from map(int, rng.permutation(len(self.stored)))
+            yield from _permutation(len(self.stored), rng)
 
     # -------------------------------------------------------------------------------------------------- hooks
 
@@ -116,8 +118,9 @@ class ReplayStrategy(Strategy):
             raise StrategyError("nothing is stored yet: finish a task before asking for a replay batch")
         draws = self.draw(self._rng("batch", self._batches_drawn))
         self._batches_drawn += 1
+        self.last_indices = [next(draws) for _ in range(batch_size)]
         device = next(iter(self.params.values())).device
-        return collate([self.stored[next(draws)] for _ in range(batch_size)], 0, device)
+        return collate([self.stored[i] for i in self.last_indices], 0, device)
 
     def state_dict(self) -> dict[str, Any]:
         return {"owed_tokens": self._owed_tokens, "batches_drawn": self._batches_drawn}
@@ -133,13 +136,22 @@ class ReplayStrategy(Strategy):
 
     def _take(self, target_tokens: float, rng: np.random.Generator) -> list[Example]:
         """Draw rows until one more would end farther from the target than stopping."""
-        taken: list[Example] = []
+        self.last_indices = []
         missing = target_tokens
         for position in self.draw(rng):
-            example = self.stored[position]
-            length = len(example["input_ids"])
+            length = len(self.stored[position]["input_ids"])
             if abs(missing - length) >= abs(missing):
                 break
-            taken.append(example)
+            self.last_indices.append(position)
             missing -= length
-        return taken
+        return [self.stored[i] for i in self.last_indices]
+
+
+def _permutation(count: int, rng: np.random.Generator) -> Iterator[int]:
+    """Yield 0 .. count - 1 in random order; k of them cost k steps (Fisher and Yates; the list is a dict)."""
+    moved: dict[int, int] = {}
+    for i in range(count):
+        j = int(rng.integers(i, count))
+        chosen = moved.get(j, j)
+        moved[j] = moved.get(i, i)
+        yield chosen
