@@ -19,8 +19,13 @@ if TYPE_CHECKING:
 
 STRATEGIES: dict[str, str] = {
     "none": "clcore.strategies.none:NoStrategy",
+    "orthogonal_lora": "clcore.strategies.orthogonal_base:OrthogonalLoRA",
+    "adaptive_svd": "clcore.strategies.adaptive_svd:AdaptiveSVD",
     "ewc": "clcore.strategies.ewc_base:BaseEWC",
+    "ewc_online": "clcore.strategies.ewc_online:OnlineEWC",
+    "si": "clcore.strategies.ewc_synaptic:SynapticIntelligence",
     "experience_replay": "clcore.strategies.replay_experience:ExperienceReplay",
+    "prioritized_replay": "clcore.strategies.replay_prioritized:PrioritizedExperienceReplay",
 }
 
 KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
@@ -66,11 +71,13 @@ def make_config(name: str, params: Mapping[str, Any]) -> Any:
     return cls(**params)
 
 
-def check_composition(names: Sequence[str]) -> None:
+def check_composition(strategies: Sequence[tuple[str, Any]]) -> None:
     """Refuse strategies that cannot work together, before anything is loaded.
 
-    Raises ConfigError for an unknown name, CompositionError for a conflict.
+    strategies: (name, configuration) of each. Raises ConfigError for an unknown name, CompositionError for a
+    conflict.
     """
+    names = [name for name, _ in strategies]
     classes = [strategy_class(name) for name in names]
     if not names:
         raise CompositionError("no strategy given; use 'none' to train without one")
@@ -82,6 +89,13 @@ def check_composition(names: Sequence[str]) -> None:
     owners = [name for name, cls in zip(names, classes, strict=True) if cls.owns_adapter]
     if len(owners) > 1:
         raise CompositionError(f"only one strategy may own the adapter's structure, got {', '.join(owners)}")
+    tied = [name for name, config in strategies if getattr(config, "needs_same_adapter", False)]
+    if owners and tied:
+        hint = "; space='delta_w' works with it" if tied[0].startswith("ewc") else ""
+        raise CompositionError(
+            f"{owners[0]!r} trains a new pair of factors per task, so {tied[0]!r}, "
+            f"which compares the factors with those of earlier tasks, would protect nothing{hint}"
+        )
 
 
 def build_strategy(name: str, params: Mapping[str, Any], model: nn.Module) -> Strategy:

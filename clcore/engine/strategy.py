@@ -49,7 +49,7 @@ class Strategy:
     needs_attach: ClassVar[bool] = False
     """Used alone, the method works only after attach(optimizer)."""
     adapter_is_fresh: bool = False
-    """Each task trains a new pair that starts at 0, beside the frozen ones of earlier tasks; set before bind."""
+    """Each task trains a new pair that starts at 0, beside frozen ones of earlier tasks; set before bind."""
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model

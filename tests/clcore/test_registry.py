@@ -193,7 +193,7 @@ class Recorder(Strategy):
         self.taken = state
 
 
-def test_hooks_run_in_order_and_gradients_pass_observers_adders_projectors_and_updates_the_other_way() -> None:
+def test_hooks_run_in_order_gradients_from_observers_to_projectors_and_updates_back() -> None:
     model, calls = tiny_llama(), []
     parts = [
         Recorder(model, "p", PROJECTS, calls),
