@@ -8,6 +8,7 @@ fresh pair per task on top of frozen ones.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,25 +19,56 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from clcore.engine.errors import StrategyError
+from clcore.engine.params import Params
 
 TRAINED, EARLIER = "default", "earlier"
 Pair = tuple[Tensor, Tensor]
+
+NOT_PLAIN = (
+    *("rank_pattern", "alpha_pattern", "use_dora", "lora_bias", "target_parameters"),
+    *("modules_to_save", "trainable_token_indices"),
+)
+"""Options of a LoraConfig with which an adapter is more than one pair of one rank per layer."""
 
 
 def lora_layers(model: nn.Module) -> dict[str, LoraLayer]:
     """Return the layers with a trained LoRA pair by name; names are those of the unwrapped model.
 
-    Raises StrategyError for a layer whose adapter is no plain pair of Linear factors (DoRA, embeddings).
+    Raises StrategyError for a layer whose adapter is no plain pair of Linear factors (DoRA, embeddings), and
+    for a model without such layers.
     """
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     found = {}
     for name, layer in inner.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
-        if TRAINED not in layer.lora_A or TRAINED in layer.lora_variant:
-            raise StrategyError(f"layer {name!r} has no plain LoRA pair of Linear factors")
+        if TRAINED in layer.lora_variant:
+            variant = type(layer.lora_variant[TRAINED]).__name__
+            raise StrategyError(f"layer {name!r} has no plain LoRA pair but the variant {variant}")
+        if TRAINED not in layer.lora_A or not isinstance(layer.lora_A[TRAINED], nn.Linear):
+            raise StrategyError(f"layer {name!r} has no LoRA pair {TRAINED!r} of Linear factors")
         found[name] = layer
+    if not found:
+        raise StrategyError(f"no layer of {type(inner).__name__} has a LoRA pair")
     return found
+
+
+def check_pairs(model: nn.Module) -> None:
+    """Raise StrategyError unless a PEFT model trains one plain LoRA pair per layer, all of one rank."""
+    configs: dict[str, Any] = _peft(model).peft_config
+    config = configs.get(TRAINED)
+    if config is None or config.peft_type != "LORA":
+        kinds = {name: str(other.peft_type.value) for name, other in configs.items()}
+        raise StrategyError(f"a LoRA adapter named {TRAINED!r} is needed, got {kinds}")
+    options = {name: getattr(config, name, None) for name in NOT_PLAIN}
+    options["bias"] = None if config.bias == "none" else config.bias
+    for name, value in options.items():
+        if value:
+            raise StrategyError(
+                f"{name}={value!r} is not supported here: a fresh pair per task needs one plain LoRA pair "
+                "of one rank in every layer, and nothing trained beside them"
+            )
+    lora_layers(model)
 
 
 def parameter_names(layer_name: str) -> tuple[str, str]:
@@ -52,38 +84,54 @@ def read_pair(layer: LoraLayer, adapter: str = TRAINED) -> Pair:
 
 
 def set_pairs(model: nn.Module, pairs: Mapping[str, Pair], adapter: str = TRAINED) -> None:
-    """Give every layer another pair, of any one rank for all layers; the scaling stays what it is."""
+    """Give every layer another pair, of any one rank for all layers; the scaling stays what it is.
+
+    Raises KeyError for a layer without a pair, StrategyError for pairs of several ranks or another layer's
+    shape, and where layers scale their pairs differently.
+    """
+    check_pairs(model)
     layers = lora_layers(model)
-    rank = next(iter(pairs.values()))[0].shape[0]
     for name, layer in layers.items():
-        a, b = pairs[name]
-        old: Any = layer.lora_A[adapter]
-        layer.lora_A[adapter] = _linear(a, like=old.weight)
-        layer.lora_B[adapter] = _linear(b, like=old.weight)
-        layer.r[adapter], layer.lora_alpha[adapter] = rank, layer.scaling[adapter] * rank
+        (a, b), (a_old, b_old) = pairs[name], read_pair(layer, adapter)
+        if (a.shape[1], b.shape[0], b.shape[1]) != (a_old.shape[1], b_old.shape[0], a.shape[0]):
+            shapes = f"A {tuple(a.shape)} and B {tuple(b.shape)}"
+            raise StrategyError(f"a pair of shapes {shapes} does not fit layer {name!r}")
+    ranks = sorted({pairs[name][0].shape[0] for name in layers})
+    scalings = sorted({layer.scaling[adapter] for layer in layers.values()})
+    if len(ranks) > 1 or len(scalings) > 1:
+        raise StrategyError(f"all layers need one rank and one scaling, got {ranks} and {scalings}")
     config: Any = _peft(model).peft_config[adapter]
-    config.r, config.lora_alpha = rank, next(iter(layers.values())).scaling[adapter] * rank
+    alpha = scalings[0] * (math.sqrt(ranks[0]) if config.use_rslora else ranks[0])
+    alpha = round(alpha) if math.isclose(alpha, round(alpha), rel_tol=1e-12) else alpha
+    for name, layer in layers.items():
+        old: Any = layer.lora_A[adapter]
+        layer.lora_A[adapter], layer.lora_B[adapter] = (_linear(w, like=old.weight) for w in pairs[name])
+        layer.r[adapter], layer.lora_alpha[adapter] = ranks[0], alpha
+    config.r, config.lora_alpha = ranks[0], alpha
 
 
 def assign_trained(model: nn.Module, values: Mapping[str, Tensor]) -> None:
-    """Give the trained adapter stored values by parameter name; the pairs may have another rank than now.
+    """Give the trained parameters stored values by name; LoRA pairs may have another rank than now.
 
     Raises KeyError when a name is missing.
     """
-    layers = lora_layers(model)
-    set_pairs(model, {name: tuple(values[key] for key in parameter_names(name)) for name in layers})  # type: ignore[misc]
-    with torch.no_grad():
-        for name, parameter in _peft(model).named_parameters():
-            if parameter.requires_grad:
-                parameter.copy_(values[name])
+    if any(p.shape != values[name].shape for name, p in Params.of(model).items()):
+        names = {name: parameter_names(name) for name in lora_layers(model)}
+        set_pairs(model, {name: (values[a], values[b]) for name, (a, b) in names.items()})
+    Params.of(model).assign(values)
 
 
 def freeze_pairs(model: nn.Module) -> None:
-    """Move the trained pairs to a second, frozen adapter; the trained pairs keep their values until set."""
-    peft = _peft(model)
+    """Move the trained pairs to a second, frozen adapter; the trained pairs keep their values until set.
+
+    The frozen pairs have no dropout: their tasks are over. Raises StrategyError as check_pairs does.
+    """
+    check_pairs(model)
+    peft: Any = _peft(model)
     pairs = {name: read_pair(layer) for name, layer in lora_layers(model).items()}
     config: Any = copy.copy(peft.peft_config[TRAINED])
     config.lora_dropout = 0.0
+    config.init_lora_weights = True  # the values come from the trained pairs; "pissa" would change the base
     peft.add_adapter(EARLIER, config)
     set_pairs(model, pairs, EARLIER)
     peft.base_model.set_adapter([EARLIER, TRAINED])
@@ -122,6 +170,4 @@ def _peft(model: nn.Module) -> PeftModel:
     inner = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(inner, PeftModel):
         raise StrategyError(f"a PEFT model is needed, got {type(inner).__name__}")
-    if inner.peft_config[TRAINED].rank_pattern:  # type: ignore[union-attr]
-        raise StrategyError("rank_pattern is not supported: every layer's pair must have one rank")
     return inner

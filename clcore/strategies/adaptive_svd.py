@@ -3,13 +3,13 @@
 Three sources of protected directions, chosen by source:
 
 "gradients"    the leading singular directions of the gradients of earlier tasks, per factor
-"activations"  the leading directions of a layer's inputs on earlier tasks (GPM, Saha et al. 2021): their outputs
-               stay as they were, dW x = 0 for every x in the span
+"activations"  the leading directions of a layer's inputs on earlier tasks (GPM, Saha et al. 2021): their
+               outputs stay as they were, dW x = 0 for every x in the span
 "weights"      the leading singular directions of the weights themselves, on both sides, with a rank per layer
                (Nayak et al. 2025, "Sculpting Subspaces"); needs no data of earlier tasks
 
 With LoRA, A loses the protected input directions and B the protected output directions, so that
-dW = (I - P_U) B A (I - P_V). That projection is on both sides separately, stronger than taking P_U dW P_V out.
+dW = (I - P_U) B A (I - P_V). That projects each side by itself, stronger than taking P_U dW P_V out.
 Gradients and applied updates are projected: Adam's scaling turns a projected gradient back into the subspace.
 The same class protects full weights of Linear layers.
 """
@@ -24,12 +24,13 @@ import numpy as np
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from clcore.engine.errors import ConfigError, DataError, StrategyError
+from clcore.engine.adapters import check_pairs
+from clcore.engine.errors import ConfigError, DataError, StateError
+from clcore.engine.fisher import unwrapped
 from clcore.engine.params import Params
 from clcore.engine.tasks import Example, derive_seed, iter_examples
-from clcore.strategies.fresh_pair import FreshPairStrategy
+from clcore.strategies.fresh_pair import FreshPairStrategy, check_room
 from clcore.strategies.subspace import Subspaces, empty_basis, grow
 from clcore.strategies.svd_sources import (
     Layer,
@@ -86,8 +87,8 @@ class AdaptiveSVDConfig:
 class AdaptiveSVD(FreshPairStrategy):
     """Project updates off protected directions; see the module's text for the sources.
 
-    Alone: before_training (with the task's rows for source "weights"), build the optimizer, attach(optimizer),
-    train, after_training (with the task's rows for source "activations").
+    Alone: before_training (with the task's rows for source "weights"), build the optimizer,
+    attach(optimizer), train, after_training (with the task's rows for source "activations").
     """
 
     name = "adaptive_svd"
@@ -120,11 +121,13 @@ class AdaptiveSVD(FreshPairStrategy):
             sample_rows=sample_rows,
         )
         self.strength = projection_strength
-        inner = model.module if isinstance(model, DistributedDataParallel) else model
-        self.is_full = not isinstance(inner, PeftModel)
+        self.is_full = not isinstance(unwrapped(model), PeftModel)
+        if not self.is_full:
+            check_pairs(model)
         self.adapter_is_fresh = not self.is_full
         self.ranks: dict[str, int] = {}
         """Source "weights": directions protected per layer."""
+        self._layers: dict[str, Layer] = {}
         self._collected: dict[str, Tensor] = {}
         self._num_steps = 0
         self._metrics: dict[str, float] = {}
@@ -132,7 +135,7 @@ class AdaptiveSVD(FreshPairStrategy):
     # -------------------------------------------------------------------------------------------------- hooks
 
     def prepare_model(self, model: nn.Module, task_id: str, memory: Any) -> nn.Module:
-        """Freeze what earlier tasks trained and add a pair that starts at 0; full weights stay as they are."""
+        """Freeze what was trained before and add a pair that starts at 0; full weights stay as they are."""
         return model if self.is_full else super().prepare_model(model, task_id, memory)
 
     def release_model(self, model: nn.Module, task_id: str) -> nn.Module:
@@ -145,17 +148,14 @@ class AdaptiveSVD(FreshPairStrategy):
         Raises DataError when source "weights" gets no rows, StrategyError when no direction is left.
         """
         super().before_training(task_id, train_dataset)
-        layers = trained_layers(self.model, self.params)
+        self._layers = trained_layers(self.model, self.params)
         if self.config.source == "weights":
-            inputs, outputs = self._from_weights(task_id, layers, train_dataset)
+            inputs, outputs = self._from_weights(task_id, train_dataset)
         else:
             inputs, outputs = self._layer_bases("inputs"), self._layer_bases("outputs")
-        for name, basis in inputs.items():
-            if len(basis) == basis.shape[1]:
-                raise StrategyError(
-                    f"no direction is left for a new task in {name!r}: all {len(basis)} are protected"
-                )
-        self.protect(_subspaces(layers, inputs, outputs))
+        check_room(inputs)
+        check_room(outputs)
+        self.protect(_subspaces(self._layers, inputs, outputs))
         return train_dataset
 
     @torch.no_grad()
@@ -174,11 +174,10 @@ class AdaptiveSVD(FreshPairStrategy):
 
         Raises DataError when source "activations" gets no rows.
         """
-        layers = trained_layers(self.model, self.params)
         inputs, outputs = self._layer_bases("inputs"), self._layer_bases("outputs")
         limits = {"max_new": self.config.svd_rank, "lost_energy": self.config.importance_threshold}
         if self.config.source == "activations":
-            found = sample_inputs(self.model, layers, self._rows(task_id, train_dataset))
+            found = sample_inputs(self.model, self._layers, self._rows(task_id, train_dataset))
             inputs = {
                 name: grow(inputs.get(name, empty_basis(x.shape[1], x.device)), x, **limits)  # type: ignore[arg-type]
                 for name, x in found.items()
@@ -203,17 +202,17 @@ class AdaptiveSVD(FreshPairStrategy):
         return {"collected": dict(self._collected), "num_steps": self._num_steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        if set(state) - {"collected", "num_steps"}:
+            raise StateError(f"strategy {self.name!r} knows no state {sorted(state)}")
         device = next(iter(self.params.values())).device
         self._collected = {n: torch.as_tensor(v).to(device) for n, v in state.get("collected", {}).items()}
         self._num_steps = int(state.get("num_steps", 0))
 
     # -------------------------------------------------------------------------------------------------- inner
 
-    def _from_weights(
-        self, task_id: str, layers: Mapping[str, Layer], dataset: Any
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        inputs = sample_inputs(self.model, layers, self._rows(task_id, dataset))
-        weights = {name: current_weight(layer) for name, layer in layers.items()}
+    def _from_weights(self, task_id: str, dataset: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        inputs = sample_inputs(self.model, self._layers, self._rows(task_id, dataset))
+        weights = {name: current_weight(layer) for name, layer in self._layers.items()}
         least, target = self.config.min_rank_ratio, self.config.target_rank_ratio
         self.ranks = adaptive_ranks(weights, inputs, least=least, target=target)
         found = {name: weight_directions(weight, self.ranks[name]) for name, weight in weights.items()}
@@ -230,7 +229,7 @@ class AdaptiveSVD(FreshPairStrategy):
         return [rows[i] for i in np.random.default_rng(seed).choice(len(rows), count, replace=False)]
 
     def _collect(self, params: Params) -> None:
-        for name, layer in trained_layers(self.model, params).items():
+        for name, layer in self._layers.items():
             sides = {"in": (layer.input_parameter, not layer.is_transposed)}
             if layer.output_parameter != layer.input_parameter:
                 sides["out"] = (layer.output_parameter, False)
@@ -240,9 +239,10 @@ class AdaptiveSVD(FreshPairStrategy):
                     continue
                 rows = (gradient if is_right else gradient.T).detach().float()
                 key = f"{name}/{side}"
-                both = torch.cat([self._collected[key], rows]) if key in self._collected else rows.clone()
-                incremental = self.config.use_incremental_svd
-                self._collected[key] = strongest_rows(both, self.config.svd_rank) if incremental else both
+                rows = torch.cat([self._collected[key], rows]) if key in self._collected else rows.clone()
+                # As many rows as there are directions hold everything.
+                most = self.config.svd_rank if self.config.use_incremental_svd else rows.shape[1]
+                self._collected[key] = strongest_rows(rows, most) if len(rows) > most else rows
 
 
 def _subspaces(

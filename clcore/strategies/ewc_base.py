@@ -213,7 +213,8 @@ class BaseEWC(Strategy):
             return None
         if state.get("space") != self.config.space:
             raise StateError(
-                f"stored state is of space {state.get('space')!r}, this strategy has space={self.config.space!r}"
+                f"stored state is of space {state.get('space')!r}, "
+                f"this strategy has space={self.config.space!r}"
             )
         return SPACES[self.config.space].load(state, self.model, self.params, is_fresh=self.adapter_is_fresh)
 

@@ -1,9 +1,9 @@
-"""Orthogonal LoRA (Wang et al. 2023, O-LoRA, Findings of EMNLP): each task's pair avoids the rows of earlier A.
+"""Orthogonal LoRA (Wang et al. 2023, O-LoRA, Findings of EMNLP): a task's pair avoids the rows of earlier A.
 
-The basis Q of a layer spans the rows of every earlier task's A. The fresh A starts outside it and each applied
-update is projected, A <- A - (A Q^T) Q, so that A_new A_old^T = 0 holds to float rounding without a strength to
-tune. The published form, a penalty on that product, is there as an option, in squared form and on the basis,
-where it does not grow with the size of old weights:
+The basis Q of a layer spans the rows of every earlier task's A. The fresh A starts outside it and each
+applied update is projected, A <- A - (A Q^T) Q, so that A_new A_old^T = 0 holds to float rounding without a
+strength to tune. The published form, a penalty on that product, is there as an option, in squared form and
+on the basis, where it does not grow with the size of old weights:
 
     penalty = lambda * sum over layers ||A Q^T||_F^2
 
@@ -21,11 +21,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from clcore.engine.adapters import lora_layers, parameter_names, read_pair
-from clcore.engine.errors import ConfigError, StrategyError
-from clcore.engine.memory import MemorySession
+from clcore.engine.adapters import check_pairs, lora_layers, parameter_names, read_pair
+from clcore.engine.errors import ConfigError
 from clcore.engine.params import Params
-from clcore.strategies.fresh_pair import FreshPairStrategy
+from clcore.strategies.fresh_pair import FreshPairStrategy, check_room
 from clcore.strategies.subspace import Subspaces, empty_basis, grow
 
 
@@ -57,7 +56,8 @@ class OrthogonalLoRAConfig:
 class OrthogonalLoRA(FreshPairStrategy):
     """A fresh LoRA pair per task whose A stays orthogonal to every earlier A.
 
-    Alone: before_training, then build the optimizer and attach(optimizer); or modify_loss for the penalty.
+    Alone: before_training, then build the optimizer and attach(optimizer); without projection modify_loss
+    does for the penalty. The pairs must be all that is trained: a bias would know no earlier task.
     """
 
     name = "orthogonal_lora"
@@ -72,6 +72,7 @@ class OrthogonalLoRA(FreshPairStrategy):
         use_loss_regularization: bool = True,
     ) -> None:
         super().__init__(model)
+        check_pairs(model)
         self.config = OrthogonalLoRAConfig(
             orthogonal_constraint_lambda=orthogonal_constraint_lambda,
             orthogonal_projection_alpha=orthogonal_projection_alpha,
@@ -79,20 +80,24 @@ class OrthogonalLoRA(FreshPairStrategy):
             use_loss_regularization=use_loss_regularization,
         )
         self.strength = orthogonal_projection_alpha if use_gradient_projection else 0.0
-        self.edits_update = self.strength > 0
         self._metrics: dict[str, float] = {}
+
+    @property
+    def needs_attach(self) -> bool:  # type: ignore[override]
+        """Projection needs the optimizer; the penalty alone can be part of the loss."""
+        return self.strength > 0
 
     # -------------------------------------------------------------------------------------------------- hooks
 
-    def bind(self, model: nn.Module, params: Params, memory: MemorySession) -> None:
-        super().bind(model, params, memory)
-        self._start()
-
     def before_training(self, task_id: str, train_dataset: Any = None) -> Any:
-        """Start a task; alone this adds the fresh pair, so build the optimizer after it."""
+        """Start a task; alone this adds the fresh pair, so build the optimizer after it.
+
+        Raises StrategyError when earlier tasks took every direction of a layer.
+        """
         super().before_training(task_id, train_dataset)
-        if not self.is_bound:
-            self._start()
+        bases = self._layer_bases("basis")
+        check_room(bases)
+        self.protect(Subspaces({parameter_names(name)[0]: basis for name, basis in bases.items()}))
         return train_dataset
 
     def modify_loss(
@@ -110,7 +115,7 @@ class OrthogonalLoRA(FreshPairStrategy):
 
     def penalty(self) -> Tensor:
         """Return lambda * sum ||A Q^T||_F^2 as a scalar; 0 in the first task."""
-        parts = [inside.square().sum() for _, inside in self.protected.coefficients(self.params)]
+        parts = [inside.square().sum() for inside in self.protected.coefficients(self.params)]
         zero = torch.zeros((), device=next(iter(self.params.values())).device)
         return self.config.orthogonal_constraint_lambda * sum(parts, start=zero)
 
@@ -119,20 +124,11 @@ class OrthogonalLoRA(FreshPairStrategy):
         """Add the penalty's gradient, 2 lambda (A Q^T) Q, and project what comes out."""
         params = self.params if params is None else params
         if self.config.use_loss_regularization:
-            pull = {name: p.detach().clone() for name, p in params.items()}
-            self.protected.remove(pull)  # what is left is outside
-            for name in self.protected.right:
-                p = params[name]
-                inside = (p - pull[name]) * (2 * self.config.orthogonal_constraint_lambda)
-                p.grad = inside if p.grad is None else p.grad.add_(inside)
+            for name, inside in self.protected.protected_parts(params):
+                pull = (2 * self.config.orthogonal_constraint_lambda * inside).to(params[name].dtype)
+                params[name].grad = pull if params[name].grad is None else params[name].grad.add_(pull)  # type: ignore[union-attr]
         if self.strength:
             super().modify_gradients(params)
-
-    @torch.no_grad()
-    def modify_update(self, params: Params, before: Mapping[str, Tensor]) -> None:
-        """Keep the applied update off the rows of earlier pairs."""
-        if self.strength:
-            super().modify_update(params, before)
 
     def after_training(self, task_id: str, train_dataset: Any = None) -> None:  # noqa: ARG002
         """Add the rows of the task's A to what later tasks avoid."""
@@ -160,15 +156,3 @@ class OrthogonalLoRA(FreshPairStrategy):
         """Return per layer ||A Q^T||_F / ||A||_F: 0 orthogonal to every earlier task, 1 inside their span."""
         shares = self.protected.inside_share({name: p.detach() for name, p in self.params.items()})
         return {name: shares.get(parameter_names(name)[0], 0.0) for name in lora_layers(self.model)}
-
-    # -------------------------------------------------------------------------------------------------- inner
-
-    def _start(self) -> None:
-        """Load the bases. Raises StrategyError when earlier tasks took every direction of a layer."""
-        bases = self._layer_bases("basis")
-        for name, basis in bases.items():
-            if len(basis) == basis.shape[1]:
-                raise StrategyError(
-                    f"no direction is left for a new task in {name!r}: all {len(basis)} are taken"
-                )
-        self.protect(Subspaces({parameter_names(name)[0]: basis for name, basis in bases.items()}))

@@ -11,13 +11,14 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from clcore.engine import parallel
 from clcore.engine.adapters import EARLIER, lora_layers, parameter_names, read_pair
 from clcore.engine.errors import StrategyError
+from clcore.engine.fisher import unwrapped
+from clcore.engine.loss import completion_nll
 from clcore.engine.params import Params
 from clcore.engine.tasks import Example, collate
 from clcore.strategies.subspace import orthonormal, top_directions
@@ -45,9 +46,10 @@ def trained_layers(model: nn.Module, params: Params) -> dict[str, Layer]:
 
     Raises StrategyError for a trained parameter that is neither: it could not be protected.
     """
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    inner = unwrapped(model)
     if any("lora_" in name for name in params):
-        found = {name: Layer(layer, *parameter_names(name)) for name, layer in lora_layers(model).items()}
+        pairs: dict[str, Any] = dict(lora_layers(model))
+        found = {name: Layer(layer, *parameter_names(name)) for name, layer in pairs.items()}
     else:
         modules = dict(inner.named_modules())
         found = {}
@@ -66,48 +68,47 @@ def trained_layers(model: nn.Module, params: Params) -> dict[str, Layer]:
 
 
 @torch.no_grad()
-def sample_inputs(model: nn.Module, layers: Mapping[str, Layer], rows: Sequence[Example]) -> dict[str, Tensor]:
+def sample_inputs(
+    model: nn.Module, layers: Mapping[str, Layer], rows: Sequence[Example]
+) -> dict[str, Tensor]:
     """Return layer name -> inputs (N, I) at sampled tokens of the rows, in eval mode; the same on every rank.
 
-    Every rank runs its share of the rows.
+    Every rank runs its share of the rows. A layer that a row does not reach has zeros there. Memory: N * I
+    numbers per layer. Raises StrategyError for a layer whose inputs are not (rows, tokens, in): an expert.
     """
-    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    inner = unwrapped(model)
     device = next(inner.parameters()).device
-    found: dict[str, Tensor] = {}
-    rank, world = parallel.rank(), parallel.world_size()
-    mine = list(range(len(rows)))[rank::world]
-    here: dict[str, Tensor] = {}
+    found = {
+        name: torch.zeros((len(rows), TOKENS_PER_ROW, _width(layer)), device=device)
+        for name, layer in layers.items()
+    }
+    where: list[Tensor] = []
 
     def keep(name: str) -> Any:
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> None:
-            here[name] = args[0].detach()
+            if args[0].dim() != 3:
+                shape = tuple(args[0].shape)
+                raise StrategyError(f"layer {name!r} sees inputs of shape {shape}, not (rows, tokens, in)")
+            numbers, rows_B1, tokens_BT = where
+            found[name][numbers] = args[0][rows_B1, tokens_BT].float()
 
         return hook
 
+    mine = list(range(len(rows)))[parallel.rank() :: parallel.world_size()]
     with _evaluating(inner), ExitStack() as stack:
         for name, layer in layers.items():
             stack.callback(layer.module.register_forward_pre_hook(keep(name)).remove)
         for start in range(0, len(mine), BATCH_ROWS):
             numbers = mine[start : start + BATCH_ROWS]
             examples = [rows[i] for i in numbers]
-            batch = collate(examples, 0, device)
-            inner(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-            positions = [
-                torch.linspace(0, len(e["input_ids"]) - 1, TOKENS_PER_ROW).round().long() for e in examples
-            ]
-            for name, x_BLI in here.items():
-                if name not in found:
-                    found[name] = x_BLI.new_zeros(
-                        (len(rows), TOKENS_PER_ROW, x_BLI.shape[-1]), dtype=torch.float32
-                    )
-                for i, (number, position) in enumerate(zip(numbers, positions, strict=True)):
-                    found[name][number] = x_BLI[i, position.to(device)].float()
-    for name, layer in layers.items():
-        if name not in found:  # a rank without rows
-            found[name] = torch.zeros((len(rows), TOKENS_PER_ROW, _width(layer)), device=device)
-    ordered = {name: found[name] for name in layers}
-    parallel.all_reduce_sum(list(ordered.values()))
-    return {name: x.flatten(0, 1) for name, x in ordered.items()}
+            tokens = [torch.linspace(0, len(e["input_ids"]) - 1, TOKENS_PER_ROW) for e in examples]
+            tokens_BT = torch.stack(tokens).round().long()
+            where[:] = [torch.tensor(numbers), torch.arange(len(numbers)).unsqueeze(1), tokens_BT]
+            where[:] = [tensor.to(device) for tensor in where]
+            completion_nll(inner, collate(examples, 0, device))
+    for x_NTI in found.values():  # one by one: in one bucket they would need their memory twice
+        parallel.all_reduce_sum([x_NTI])
+    return {name: x_NTI.flatten(0, 1) for name, x_NTI in found.items()}
 
 
 @torch.no_grad()
@@ -116,17 +117,17 @@ def current_weight(layer: Layer) -> Tensor:
 
     Raises StrategyError for a weight that is not stored as floating-point numbers.
     """
-    module: Any = layer.module
-    base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    base = _base(layer)
     if not base.weight.is_floating_point():
         raise StrategyError(
             f"source 'weights' needs floating-point weights, got {base.weight.dtype}; use 'activations'"
         )
-    weight = base.weight.detach().float()
+    weight: Tensor = base.weight.detach().float()
     weight = weight.T if isinstance(base, Conv1D) else weight
-    if isinstance(module, LoraLayer) and EARLIER in module.lora_A:
+    module: Any = layer.module
+    if EARLIER in getattr(module, "lora_A", {}):
         a, b = read_pair(module, EARLIER)
-        weight = weight + module.scaling[EARLIER] * (b.float() @ a.float())
+        weight = weight + float(module.scaling[EARLIER]) * (b.float() @ a.float())
     return weight
 
 
@@ -149,28 +150,31 @@ def adaptive_ranks(
     for name, weight in weights.items():
         relative = importance[name] / mean if mean > 0 else 1.0
         share = min(least + relative * (target - least), MOST_OF_A_LAYER)
-        ranks[name] = int(share * min(weight.shape))
+        ranks[name] = int(share * min(weight.shape) + 1e-6)  # 0.29 of 100 is 29, whatever the rounding
     return ranks
 
 
 def weight_directions(weight_OI: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the leading right (K, I) and left (K, O) singular directions of a weight."""
-    if weight_OI.shape[1] <= weight_OI.shape[0]:
-        right = top_directions(weight_OI, max_rank=rank)
-        return right, orthonormal((weight_OI.double() @ right.double().T).T)
-    left = top_directions(weight_OI.T, max_rank=rank)
-    return orthonormal(left.double() @ weight_OI.double()), left
+    right = top_directions(weight_OI, max_rank=rank)
+    return right, orthonormal((weight_OI.double() @ right.double().T).T)
 
 
 def strongest_rows(rows_ND: Tensor, max_rank: int) -> Tensor:
     """Compress rows to at most max_rank rows with nearly the same Gram matrix: S V^T of their SVD."""
     directions = top_directions(rows_ND, max_rank=max_rank)
-    return (rows_ND @ directions.T).norm(dim=0).unsqueeze(1) * directions
+    scales_K: Tensor = (rows_ND @ directions.T).norm(dim=0)
+    return scales_K.unsqueeze(1) * directions
+
+
+def _base(layer: Layer) -> Any:
+    """Return the Linear or Conv1D itself."""
+    module: Any = layer.module
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def _width(layer: Layer) -> int:
-    module: Any = layer.module
-    base = module.get_base_layer() if isinstance(module, LoraLayer) else module
+    base = _base(layer)
     return int(base.weight.shape[0] if isinstance(base, Conv1D) else base.in_features)
 
 

@@ -7,6 +7,7 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from torch import nn
 from clcore.engine.loop import FitResult, TrainConfig, fit_task
 from clcore.engine.memory import InProcessMemory, MemorySession
 from clcore.engine.registry import STRATEGIES, build_strategy, config_class, strategy_class
-from clcore.engine.state import load_state, save_state
+from clcore.engine.state import as_arrays, load_state, save_state
 from clcore.engine.strategy import Strategy
 from tests.clcore.tiny import (
     assert_close,
@@ -27,7 +28,7 @@ from tests.clcore.tiny import (
 )
 from tests.strategy_table import ROWS, StrategyRow
 
-by_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+by_row = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.id)
 SHORT = TrainConfig(num_steps=6, learning_rate=1e-2, batch_size=5, micro_batch_size=3)
 
 
@@ -54,8 +55,9 @@ def after_first_task(row: StrategyRow) -> tuple[nn.Module, Strategy, MemorySessi
     return model, strategy, session.next_task(op_id="run/t1")
 
 
-def test_every_strategy_of_the_registry_has_exactly_one_row_and_a_file_in_the_catalogue() -> None:
-    assert sorted(row.name for row in ROWS) == sorted(STRATEGIES)
+def test_every_strategy_of_the_registry_has_a_row_and_a_file_in_the_catalogue() -> None:
+    assert {row.name for row in ROWS} == set(STRATEGIES)
+    assert len({row.id for row in ROWS}) == len(ROWS)
     for name, target in STRATEGIES.items():
         module = target.partition(":")[0]
         assert module.startswith("clcore.strategies."), name
@@ -85,7 +87,7 @@ def test_state_between_steps_survives_files_and_loads_weights_only(row: Strategy
     ):
         fresh = build(row, tiny_llama())
         fresh.load_state_dict(loaded)
-        assert fresh.state_dict() == state
+        np.testing.assert_equal(as_arrays(fresh.state_dict()), as_arrays(state))
 
 
 @by_row
@@ -155,7 +157,7 @@ def outcomes() -> dict[str, Outcome]:
         train(model, strategy, session, 0, config)
         learnt = mean_nll(model, old[0])
         train(model, strategy, session.next_task(op_id="run/t1"), 1, config)
-        found[row.name] = Outcome(mean_nll(model, old[0]) - learnt, mean_nll(model, old[1]))
+        found[row.id] = Outcome(mean_nll(model, old[0]) - learnt, mean_nll(model, old[1]))
     return found
 
 
@@ -163,11 +165,11 @@ def outcomes() -> dict[str, Outcome]:
 def test_forgetting_is_below_the_rows_bound_and_below_none_while_the_new_task_is_learnt(
     row: StrategyRow, outcomes: dict[str, Outcome]
 ) -> None:
-    outcome = outcomes[row.name]
+    outcome = outcomes[row.id]
     assert outcome.forgetting < row.max_forgetting
     assert outcome.new_loss < row.max_new_loss
     if row.name != "none":
-        assert outcome.forgetting < outcomes["none"].forgetting / 2
+        assert outcome.forgetting < outcomes["none"].forgetting * row.max_share_of_none
 
 
 def test_without_a_strategy_the_stream_really_forgets(outcomes: dict[str, Outcome]) -> None:
