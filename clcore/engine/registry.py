@@ -5,8 +5,11 @@ A row is a string, so that listing the names imports nothing.
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import importlib
+import inspect
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -19,13 +22,13 @@ if TYPE_CHECKING:
 
 STRATEGIES: dict[str, str] = {
     "none": "clcore.strategies.none:NoStrategy",
-    "orthogonal_lora": "clcore.strategies.orthogonal_base:OrthogonalLoRA",
-    "adaptive_svd": "clcore.strategies.adaptive_svd:AdaptiveSVD",
     "ewc": "clcore.strategies.ewc_base:BaseEWC",
     "ewc_online": "clcore.strategies.ewc_online:OnlineEWC",
     "si": "clcore.strategies.ewc_synaptic:SynapticIntelligence",
     "experience_replay": "clcore.strategies.replay_experience:ExperienceReplay",
     "prioritized_replay": "clcore.strategies.replay_prioritized:PrioritizedExperienceReplay",
+    "orthogonal_lora": "clcore.strategies.orthogonal_base:OrthogonalLoRA",
+    "adaptive_svd": "clcore.strategies.adaptive_svd:AdaptiveSVD",
 }
 
 KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
@@ -49,6 +52,20 @@ def strategy_class(name: str) -> type[Strategy]:
 def config_class(name: str) -> type[Any]:
     """Return the frozen dataclass of a strategy's parameters; its defaults are the job defaults."""
     return strategy_class(name).Config
+
+
+def parameter_docs(config: type[Any]) -> dict[str, str]:
+    """Return parameter -> the text under its field, for a configuration class and what it inherits."""
+    found: dict[str, str] = {}
+    for cls in reversed(config.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0]
+        assert isinstance(body, ast.ClassDef)
+        for field, below in zip(body.body, body.body[1:], strict=False):
+            if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
+                continue
+            if isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                found[field.target.id] = inspect.cleandoc(str(below.value.value))
+    return found
 
 
 def make_config(name: str, params: Mapping[str, Any]) -> Any:

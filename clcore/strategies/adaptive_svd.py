@@ -50,9 +50,9 @@ class AdaptiveSVDConfig:
     """Parameters of adaptive SVD in a job."""
 
     svd_rank: int = 64
-    """Directions that one task protects per layer and side, at most; not for source "weights"."""
+    """Directions that one task protects per layer and side, at most, from 1; not for source "weights"."""
     importance_threshold: float = 0.01
-    """Share of the energy of gradients or inputs that may stay unprotected; not for source "weights"."""
+    """Share of the energy of gradients or inputs left unprotected, in [0, 1); not for source "weights"."""
     projection_strength: float = 1.0
     """Share of the protected part that is taken out of updates, in [0, 1]."""
     update_frequency: int = 5
@@ -60,12 +60,13 @@ class AdaptiveSVDConfig:
     use_incremental_svd: bool = True
     """Source "gradients": keep svd_rank summed-up directions instead of every gradient looked at."""
     source: str = "activations"
+    """Where protected directions come from: "gradients" or "activations" of earlier tasks, or "weights"."""
     min_rank_ratio: float = 0.1
     """Source "weights": share of a layer's directions that is protected whatever its importance."""
     target_rank_ratio: float = 0.8
-    """Source "weights": share that is protected in a layer of average importance."""
+    """Source "weights": share in a layer of average importance, at least min_rank_ratio and below 1."""
     sample_rows: int = 128
-    """Rows of a task whose inputs are looked at; not for source "gradients"."""
+    """Rows of a task whose inputs are looked at, from 1; not for source "gradients"."""
 
     def __post_init__(self) -> None:
         for name in ("svd_rank", "update_frequency", "sample_rows"):
@@ -85,7 +86,7 @@ class AdaptiveSVDConfig:
 
 
 class AdaptiveSVD(FreshPairStrategy):
-    """Project updates off protected directions; see the module's text for the sources.
+    """Keep updates off directions of old gradients or inputs, or of the weights; see the module's text.
 
     Alone: before_training (with the task's rows for source "weights"), build the optimizer,
     attach(optimizer), train, after_training (with the task's rows for source "activations").

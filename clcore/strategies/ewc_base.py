@@ -68,7 +68,7 @@ class EWCConfig:
 
 
 class BaseEWC(Strategy):
-    """EWC; space says on what.
+    """Elastic weight consolidation on the factors of the adapter, or on their product.
 
     Alone: before_training, then train with modify_loss on the loss (or attach(optimizer), which adds the same
     penalty to the gradients instead), then after_training with the task's data set. In fit_task the penalty

@@ -31,7 +31,7 @@ class OnlineEWCConfig(EWCConfig):
 
 
 class OnlineEWC(BaseEWC):
-    """EWC with one anchor and fading importance; used as BaseEWC is."""
+    """Elastic weight consolidation with one anchor and fading importance; used as BaseEWC is."""
 
     name = "ewc_online"
     Config: ClassVar[type[Any]] = OnlineEWCConfig

@@ -7,7 +7,7 @@ from typing import Any
 from fastapi import APIRouter
 from pydantic import BaseModel, TypeAdapter
 
-from clcore.engine.registry import STRATEGIES, config_class
+from clcore.engine.registry import STRATEGIES, config_class, parameter_docs, strategy_class
 from service.api.deps import SettingsDep
 from service.api.views import Page
 from service.basemodels import known_models
@@ -39,7 +39,9 @@ def strategies() -> Page[Choice]:
     for name in STRATEGIES:
         config = config_class(name)
         schema = TypeAdapter(config).json_schema()
-        found.append(Choice(type=name, description=_first_line(config), parameters=schema))
+        for parameter, text in parameter_docs(config).items():
+            schema["properties"][parameter]["description"] = text
+        found.append(Choice(type=name, description=_first_line(strategy_class(name)), parameters=schema))
     return Page(data=found)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import pickle
 from collections.abc import Mapping
@@ -21,6 +22,7 @@ from clcore.engine.registry import (
     check_composition,
     config_class,
     make_config,
+    parameter_docs,
     strategy_class,
 )
 from clcore.engine.strategy import ADDS, OBSERVES, PROJECTS, Composed, Strategy, compose
@@ -39,6 +41,14 @@ def test_an_unknown_strategy_is_refused_with_the_known_ones() -> None:
             ConfigError, match=f"unknown strategy 'magic'; known: {', '.join(sorted(registry.STRATEGIES))}"
         ):
             refuse("magic")
+
+
+@pytest.mark.parametrize("name", registry.STRATEGIES)
+def test_every_parameter_of_a_job_is_explained_inherited_ones_too(name: str) -> None:
+    fields = {field.name for field in dataclasses.fields(config_class(name))}
+    texts = parameter_docs(config_class(name))
+    assert set(texts) == fields
+    assert all(text.endswith(".") and len(text) > 20 for text in texts.values())
 
 
 def test_an_unknown_parameter_is_refused_with_the_known_ones() -> None:

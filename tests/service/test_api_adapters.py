@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from clcore.engine.registry import STRATEGIES
 from service.adapters import registry
 from service.errors import NotFound
 from tests.service.control import Service, write_task
@@ -80,7 +81,10 @@ def test_an_unknown_model_is_not_found(trained: Service, model: str) -> None:
 
 def test_the_catalogue_lists_what_a_job_may_use(service: Service) -> None:
     strategies = service.client.get("/v1/strategies").json()["data"]
-    assert {"none", "ewc", "experience_replay"} <= {row["type"] for row in strategies}
+    assert {row["type"] for row in strategies} == set(STRATEGIES)
+    assert all(row["description"].endswith(".") for row in strategies)
+    parameters = [value for row in strategies for value in row["parameters"]["properties"].values()]
+    assert all("default" in value and value["description"] for value in parameters)
     ewc = next(row for row in strategies if row["type"] == "ewc")
     assert "ewc_lambda" in ewc["parameters"]["properties"]
     assert [row["type"] for row in service.client.get("/v1/peft-methods").json()["data"]] == ["lora"]
