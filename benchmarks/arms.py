@@ -13,7 +13,7 @@ from clcore.engine.registry import STRATEGIES, config_class, make_config
 VARIANTS = (
     "ewc:space=delta_w",
     "ewc_online:space=delta_w",
-    "adaptive_svd:source=activations",
+    "adaptive_svd:source=gradients",
     "adaptive_svd:source=weights",
 )
 """Other forms of a strategy that are worth a run of their own."""

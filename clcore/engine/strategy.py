@@ -54,9 +54,13 @@ class Strategy:
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.params = Params.of(model)
+        if not self.params:
+            raise StrategyError(f"strategy {self.name!r} has nothing to work on: every parameter is frozen")
         self.memory = MemorySession(InProcessMemory(), version=0, op_id="alone")
         self.is_bound = False
         self.is_attached = False
+        self._attached_to: Optimizer | None = None
+        self._hooks: list[Any] = []
 
     # ------------------------------------------------------------------------------------- called by the loop
 
@@ -110,8 +114,15 @@ class Strategy:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take what state_dict returned. Raises StateError for anything it does not know."""
-        if state:
-            raise StateError(f"strategy {self.name!r} keeps no state between steps, got {sorted(state)}")
+        self.refuse_unknown(state)
+
+    def refuse_unknown(self, state: Mapping[str, Any]) -> None:
+        """Raise StateError for a key that state_dict does not have."""
+        known = set(self.state_dict())
+        odd = sorted(set(state) - known)
+        if odd:
+            said = f"known: {', '.join(sorted(known))}" if known else "it keeps nothing"
+            raise StateError(f"strategy {self.name!r} keeps no {odd[0]!r} between steps; {said}")
 
     # -------------------------------------------------------------------------- alone, in someone else's loop
 
@@ -119,11 +130,25 @@ class Strategy:
         """Run the gradient and update hooks around optimizer.step(), for use in a loop of your own.
 
         Attach after gradients are synchronised and unscaled by your loop, and clip before you call step().
+        Attaching to another optimizer detaches from the one before.
+
+        Raises StrategyError when the optimizer lacks a trained parameter or is attached already.
         """
         if self.is_bound:
             raise StrategyError(
                 f"strategy {self.name!r} is driven by fit_task; attach() is for a loop of your own"
             )
+        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
+        missing = [name for name, p in self.params.items() if id(p) not in held]
+        if missing:
+            raise StrategyError(
+                f"the optimizer does not hold {missing[0]!r}; build and attach it after before_training, "
+                "over all trainable parameters: a strategy may give every task its own"
+            )
+        if self._attached_to is optimizer:
+            raise StrategyError(f"strategy {self.name!r} is attached to this optimizer already")
+        for hook in self._hooks:
+            hook.remove()
         before: dict[str, Tensor] = {}
 
         def pre_step(*_: object) -> None:
@@ -135,9 +160,11 @@ class Strategy:
             self.modify_update(self.params, before)
             before.clear()
 
-        optimizer.register_step_pre_hook(pre_step)
-        optimizer.register_step_post_hook(post_step)
-        self.is_attached = True
+        self._hooks = [
+            optimizer.register_step_pre_hook(pre_step),
+            optimizer.register_step_post_hook(post_step),
+        ]
+        self._attached_to, self.is_attached = optimizer, True
         return self
 
     def finish_task(self) -> None:

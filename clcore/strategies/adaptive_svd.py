@@ -26,7 +26,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from clcore.engine.adapters import check_pairs
-from clcore.engine.errors import ConfigError, DataError, StateError
+from clcore.engine.errors import ConfigError, DataError
 from clcore.engine.fisher import unwrapped
 from clcore.engine.params import Params
 from clcore.engine.tasks import Example, derive_seed, iter_examples
@@ -203,8 +203,7 @@ class AdaptiveSVD(FreshPairStrategy):
         return {"collected": dict(self._collected), "num_steps": self._num_steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        if set(state) - {"collected", "num_steps"}:
-            raise StateError(f"strategy {self.name!r} knows no state {sorted(state)}")
+        self.refuse_unknown(state)
         device = next(iter(self.params.values())).device
         self._collected = {n: torch.as_tensor(v).to(device) for n, v in state.get("collected", {}).items()}
         self._num_steps = int(state.get("num_steps", 0))

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from clcore.engine import parallel
-from clcore.engine.errors import ConfigError, DataError, StateError
+from clcore.engine.errors import ConfigError, DataError, StateError, StrategyError
 from clcore.engine.loss import completion_nll
 from clcore.engine.memory import MemorySession
 from clcore.engine.params import Params
@@ -99,6 +99,7 @@ class BaseEWC(Strategy):
             space=space,
         )
         self.consolidated: Consolidated | DeltaW | None = None
+        self._ended: str | None = None
         self._first_scores: dict[str, float] = {}
         self._metrics: dict[str, float] = {}
 
@@ -111,6 +112,7 @@ class BaseEWC(Strategy):
     def before_training(self, task_id: str, train_dataset: Any = None) -> Any:
         """Start a task. Raises FisherError for an adapter whose Fisher cannot be estimated at its end."""
         SPACES[self.config.space].check(self.model, self.params)
+        self._ended = None
         return super().before_training(task_id, train_dataset)
 
     def modify_loss(
@@ -143,7 +145,10 @@ class BaseEWC(Strategy):
 
         Raises ConfigError without a data set, DataError for an empty one, FisherError in factor space for an
         untrained adapter: where B is 0, A's Fisher is 0. The Fisher of dW is not, so "delta_w" takes it.
+        StrategyError for a second call, which would count the task twice.
         """
+        if self._ended == task_id:
+            raise StrategyError(f"after_training({task_id!r}) was called twice; call before_training between")
         if train_dataset is None:
             raise ConfigError(
                 f"EWC needs train_dataset in after_training({task_id!r}) to estimate the Fisher"
@@ -163,6 +168,7 @@ class BaseEWC(Strategy):
         untrained = sum(1.0 for n, p in self.params.items() if "lora_B" in n and not bool(p.detach().any()))
         self._metrics = {"fisher_rows": float(num_rows), "fisher_max": largest, "modules_with_B_0": untrained}
         self.memory.stage(self.name, self.consolidated.state())
+        self._ended = task_id
         self.finish_task()
 
     def metrics(self) -> Mapping[str, float]:

@@ -154,6 +154,7 @@ class SynapticIntelligence(Strategy):
         return {"omega": {name: omega.clone() for name, omega in self.omega.items()}}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.refuse_unknown(state)
         omega = state.get("omega", {})
         self.omega = {n: v.clone() if isinstance(v, Tensor) else torch.tensor(v) for n, v in omega.items()}
 

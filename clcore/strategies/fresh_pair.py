@@ -32,7 +32,7 @@ from clcore.engine.tasks import derive_seed
 from clcore.strategies.subspace import Subspaces
 
 if TYPE_CHECKING:
-    from torch.optim import Optimizer
+    pass
 
 
 class FreshPairStrategy(Strategy):
@@ -92,20 +92,6 @@ class FreshPairStrategy(Strategy):
         if not self.is_bound:
             self._prepare_alone(task_id)
         return train_dataset
-
-    def attach(self, optimizer: Optimizer) -> Strategy:
-        """Run the gradient and update hooks around optimizer.step(); see Strategy.attach.
-
-        Raises StrategyError when the optimizer lacks a trained parameter.
-        """
-        held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        missing = [name for name, p in self.params.items() if id(p) not in held]
-        if missing:
-            raise StrategyError(
-                f"the optimizer does not hold {missing[0]!r}; build and attach it after before_training, "
-                "which gives every task its own parameters"
-            )
-        return super().attach(optimizer)
 
     def protect(self, protected: Subspaces) -> None:
         """Start to keep updates off these subspaces; a pair with B = 0 starts outside them."""

@@ -126,6 +126,7 @@ class ReplayStrategy(Strategy):
         return {"owed_tokens": self._owed_tokens, "batches_drawn": self._batches_drawn}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.refuse_unknown(state)
         self._owed_tokens = float(state.get("owed_tokens", 0.0))
         self._batches_drawn = int(state.get("batches_drawn", 0))
 

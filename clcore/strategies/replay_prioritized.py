@@ -161,6 +161,8 @@ class PrioritizedExperienceReplay(ExperienceReplay):
 
     def importance_weights(self, indices: Sequence[int]) -> np.ndarray:
         """Return w of rows drawn together, by positions in stored: (len(indices),), the largest is 1."""
+        if not len(indices):
+            return np.empty(0)
         rarity = (len(self.stored) * self.probabilities()[list(indices)]) ** -self.beta
         return np.asarray(rarity / rarity.max())
 
