@@ -282,11 +282,6 @@ def test_a_composition_keeps_states_apart_and_refuses_those_of_another() -> None
         both.attach(torch.optim.SGD(model.parameters(), lr=0.1))
 
 
-def test_a_strategy_without_state_refuses_state() -> None:
-    with pytest.raises(StateError, match=r"'none' keeps no state between steps, got \['x'\]"):
-        build_strategy("none", {}, tiny_llama()).load_state_dict({"x": 1})
-
-
 ERRORS = [cls for _, cls in inspect.getmembers(errors, inspect.isclass) if issubclass(cls, ClError)]
 
 
