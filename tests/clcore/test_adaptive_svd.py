@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from clcore.engine.adapters import lora_layers, read_pair
-from clcore.engine.errors import ConfigError, DataError, StateError, StrategyError
+from clcore.engine.errors import ConfigError, DataError, StrategyError
 from clcore.engine.loop import TrainConfig, fit_task
 from clcore.engine.loss import completion_nll
 from clcore.engine.memory import MemorySession
@@ -324,11 +324,6 @@ def test_a_new_object_per_task_leaves_the_memory_of_one_kept_over_all_tasks(sour
             memories.append(session.read("adaptive_svd"))
             session = session.next_task(op_id=f"run/t{i + 1}")
     np.testing.assert_equal(memories[2:], memories[:2])
-
-
-def test_unknown_state_is_refused() -> None:
-    with pytest.raises(StateError, match=r"'adaptive_svd' knows no state \['other'\]"):
-        AdaptiveSVD(tiny_llama()).load_state_dict({"other": 1})
 
 
 # ------------------------------------------------------------------------------------------------- alone
