@@ -12,10 +12,13 @@ from transformers.pytorch_utils import Conv1D
 
 from clcore.engine.adapters import lora_layers, read_pair
 from clcore.engine.loop import TrainConfig, fit_task
+from clcore.engine.memory import MemorySession
 from clcore.engine.registry import build_strategy
 from clcore.engine.strategy import Strategy
+from clcore.engine.tasks import collate
 from tests.clcore.tiny import (
     new_session,
+    tiny_dataset,
     tiny_gpt2_base,
     tiny_llama,
     tiny_llama_base,
@@ -106,3 +109,20 @@ def share_inside(x_ND: Tensor, basis: Any) -> float:
         torch.as_tensor(basis).double() if not hasattr(basis, "flags") else torch.tensor(basis).double()
     )
     return float((x_ND.double() @ basis_KD.T).norm() / x_ND.double().norm())
+
+
+BATCH = collate(tiny_dataset("t0", 4), 0)
+
+
+@torch.no_grad()
+def logits(model: nn.Module) -> Tensor:
+    found: Tensor = model(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"]).logits
+    return found
+
+
+def after_one_task(**params: Any) -> tuple[nn.Module, MemorySession]:
+    model, session = tiny_llama(), new_session()
+    config = TrainConfig(num_steps=5, learning_rate=1e-2)
+    strategy = build_strategy("orthogonal_lora", params, model)
+    fit_task(model, strategy, tiny_stream()[0][1], task_id="t0", config=config, memory=session)
+    return model, session.next_task(op_id="run/t1")

@@ -1,4 +1,7 @@
-"""Adaptive SVD: what each source protects, how exactly, and where it finds it."""
+"""Adaptive SVD: what each source protects, how exactly, and where it finds it.
+
+Long, because each of the three sources runs on LoRA and on full weights.
+"""
 
 from __future__ import annotations
 

@@ -12,13 +12,12 @@ from clcore.engine.adapters import has_frozen_pairs, lora_layers, read_pair
 from clcore.engine.errors import StrategyError
 from clcore.engine.loop import TrainConfig, fit_task
 from clcore.engine.loss import completion_nll
-from clcore.engine.memory import MemorySession
 from clcore.engine.params import Params
 from clcore.engine.registry import build_strategy
 from clcore.engine.tasks import Example, collate
 from clcore.strategies.fresh_pair import FreshPairStrategy
 from clcore.strategies.orthogonal_base import OrthogonalLoRA
-from tests.clcore.owners import share_inside, two_tasks
+from tests.clcore.owners import after_one_task, logits, share_inside, two_tasks
 from tests.clcore.tiny import (
     assert_close,
     new_session,
@@ -27,23 +26,6 @@ from tests.clcore.tiny import (
     tiny_stream,
     trainable,
 )
-
-BATCH = collate(tiny_dataset("t0", 4), 0)
-
-
-@torch.no_grad()
-def logits(model: nn.Module) -> Tensor:
-    found: Tensor = model(input_ids=BATCH["input_ids"], attention_mask=BATCH["attention_mask"]).logits
-    return found
-
-
-def after_one_task(**params: Any) -> tuple[nn.Module, MemorySession]:
-    model, session = tiny_llama(), new_session()
-    config = TrainConfig(num_steps=5, learning_rate=1e-2)
-    strategy = build_strategy("orthogonal_lora", params, model)
-    fit_task(model, strategy, tiny_stream()[0][1], task_id="t0", config=config, memory=session)
-    return model, session.next_task(op_id="run/t1")
-
 
 # -------------------------------------------------------------------------------------------- fresh pairs
 

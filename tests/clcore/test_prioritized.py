@@ -1,4 +1,7 @@
-"""Prioritised replay: how likely a row comes back, what its loss weighs, and where priorities come from."""
+"""Prioritised replay: how likely a row comes back, what its loss weighs, and where priorities come from.
+
+Long, because the sum tree, the probabilities, the weights and their flow through the loop belong together.
+"""
 
 from __future__ import annotations
 

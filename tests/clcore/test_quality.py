@@ -1,4 +1,7 @@
-"""Replay quality control: every reason on planted rows, and each formula against a slow one."""
+"""Replay quality control: every reason on planted rows, and each formula against a slow one.
+
+Long, because every reason for which a row is dropped has its own planted rows here.
+"""
 
 from __future__ import annotations
 

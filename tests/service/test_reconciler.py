@@ -1,4 +1,7 @@
-"""The reconciler against a Jobs API that lies, dies or is away, and workers that stop anywhere."""
+"""The reconciler against a Jobs API that lies, dies or is away, and workers that stop anywhere.
+
+Long, because every part that can lie, die or be away has its case, over the same few helpers.
+"""
 
 from __future__ import annotations
 
