@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers.pytorch_utils import Conv1D
 
 from clcore.engine.errors import StrategyError
 from clcore.engine.params import Params
@@ -134,10 +136,34 @@ def freeze_pairs(model: nn.Module) -> None:
     config.init_lora_weights = True  # the values come from the trained pairs; "pissa" would change the base
     peft.add_adapter(EARLIER, config)
     set_pairs(model, pairs, EARLIER)
-    peft.base_model.set_adapter([EARLIER, TRAINED])
-    for layer in lora_layers(model).values():
-        layer.lora_A[EARLIER].requires_grad_(False)
-        layer.lora_B[EARLIER].requires_grad_(False)
+    _activate(model, [EARLIER, TRAINED])
+
+
+@contextmanager
+def folded_pairs(model: nn.Module) -> Iterator[None]:
+    """Compute with the frozen pairs inside the base weights, W + scaling B A: any number of them is free.
+
+    The base weights come back bit for bit; meanwhile they are held twice. Does nothing without frozen pairs,
+    nor where a base weight is not float32: a coarser sum would lose what the pairs hold.
+    """
+    layers = lora_layers(model) if has_frozen_pairs(model) else {}
+    bases: list[Any] = [layer.get_base_layer() for layer in layers.values()]
+    if not bases or any(base.weight.dtype != torch.float32 for base in bases):
+        yield
+        return
+    originals = [base.weight for base in bases]
+    for layer, base in zip(layers.values(), bases, strict=True):
+        a, b = read_pair(layer, EARLIER)
+        change = layer.scaling[EARLIER] * (b @ a)
+        weight = base.weight.detach() + (change.T if isinstance(base, Conv1D) else change)
+        base.weight = nn.Parameter(weight, requires_grad=False)
+    _activate(model, [TRAINED])
+    try:
+        yield
+    finally:
+        for base, original in zip(bases, originals, strict=True):
+            base.weight = original
+        _activate(model, [EARLIER, TRAINED])
 
 
 def join_pairs(model: nn.Module) -> None:
@@ -154,7 +180,17 @@ def join_pairs(model: nn.Module) -> None:
 
 def has_frozen_pairs(model: nn.Module) -> bool:
     """Say whether earlier pairs stand beside the trained ones."""
-    return EARLIER in _peft(model).peft_config
+    inner = model.module if isinstance(model, DistributedDataParallel) else model
+    return isinstance(inner, PeftModel) and EARLIER in inner.peft_config
+
+
+def _activate(model: nn.Module, adapters: Sequence[str]) -> None:
+    """Compute with these adapters; PEFT would train all of them."""
+    peft: Any = _peft(model)
+    peft.base_model.set_adapter(list(adapters))
+    for layer in lora_layers(model).values():
+        layer.lora_A[EARLIER].requires_grad_(False)
+        layer.lora_B[EARLIER].requires_grad_(False)
 
 
 def _linear(weight: Tensor, like: Tensor) -> nn.Linear:

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from clcore.engine import parallel
+from clcore.engine.adapters import folded_pairs
 from clcore.engine.errors import ConfigError, DataError, TrainingDivergedError
 from clcore.engine.loss import RowLosses, completion_nll
 from clcore.engine.memory import MemorySession
@@ -141,44 +142,46 @@ def fit_task(
     totals, loss, is_stopped = np.zeros(3, dtype=np.int64), math.nan, False
     wrapped.train()
 
-    for step in range(first_step, config.num_steps):
-        # Before mix_batch: a state taken here must not have seen this step's draw.
-        if parallel.sum_over_ranks([float(parallel.rank() == 0 and should_stop())])[0]:
-            is_stopped = True
-            on_checkpoint(_training_state(step, params, optimizer, strategy))
-            break
-        rows = [dataset[i] for i in order.take(step * config.batch_size, config.batch_size)]
-        with clock.strategy():
-            mixed = strategy.mix_batch(rows, step=step)
-        micro_batches = _split(mixed, config.micro_batch_size)
-        label_tokens = sum(map(num_label_tokens, mixed))  # the same rows on every rank
-        if not label_tokens:
-            raise DataError(f"step {step} of task {task_id!r} has no label token in {len(mixed)} rows")
+    # bf16 would round away much of what the earlier pairs add to a weight.
+    with folded_pairs(wrapped) if config.precision == "fp32" else nullcontext():
+        for step in range(first_step, config.num_steps):
+            # Before mix_batch: a state taken here must not have seen this step's draw.
+            if parallel.sum_over_ranks([float(parallel.rank() == 0 and should_stop())])[0]:
+                is_stopped = True
+                on_checkpoint(_training_state(step, params, optimizer, strategy))
+                break
+            rows = [dataset[i] for i in order.take(step * config.batch_size, config.batch_size)]
+            with clock.strategy():
+                mixed = strategy.mix_batch(rows, step=step)
+            micro_batches = _split(mixed, config.micro_batch_size)
+            label_tokens = sum(map(num_label_tokens, mixed))  # the same rows on every rank
+            if not label_tokens:
+                raise DataError(f"step {step} of task {task_id!r} has no label token in {len(mixed)} rows")
 
-        torch.manual_seed(derive_seed(config.seed, task_id, step, parallel.rank()))
-        optimizer.zero_grad(set_to_none=True)
-        loss = _backward(wrapped, strategy, micro_batches, label_tokens, config, device, clock)
-        if not math.isfinite(loss):
-            raise TrainingDivergedError(
-                f"the loss of task {task_id!r} is {loss} at step {step + 1}; lower learning_rate"
-            )
-        learning_rate = scheduled_learning_rate(config, step)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate
-        with clock.strategy():
-            strategy.modify_gradients(params)
-        nn.utils.clip_grad_norm_(params.values(), config.max_grad_norm)
-        before = params.copies() if strategy.edits_update else {}
-        optimizer.step()
-        with clock.strategy(), torch.no_grad():
-            strategy.modify_update(params, before)
+            torch.manual_seed(derive_seed(config.seed, task_id, step, parallel.rank()))
+            optimizer.zero_grad(set_to_none=True)
+            loss = _backward(wrapped, strategy, micro_batches, label_tokens, config, device, clock)
+            if not math.isfinite(loss):
+                raise TrainingDivergedError(
+                    f"the loss of task {task_id!r} is {loss} at step {step + 1}; lower learning_rate"
+                )
+            learning_rate = scheduled_learning_rate(config, step)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate
+            with clock.strategy():
+                strategy.modify_gradients(params)
+            nn.utils.clip_grad_norm_(params.values(), config.max_grad_norm)
+            before = params.copies() if strategy.edits_update else {}
+            optimizer.step()
+            with clock.strategy(), torch.no_grad():
+                strategy.modify_update(params, before)
 
-        num_new, num_all = (sum(len(e["input_ids"]) for e in part) for part in (rows, mixed))
-        totals += (label_tokens, num_all, num_all - num_new)
-        on_step(clock.report(step, first_step, config.num_steps, loss, learning_rate, num_all))
-        due = config.checkpoint_every_steps and (step + 1) % config.checkpoint_every_steps == 0
-        if due and step + 1 < config.num_steps:
-            on_checkpoint(_training_state(step + 1, params, optimizer, strategy))
+            num_new, num_all = (sum(len(e["input_ids"]) for e in part) for part in (rows, mixed))
+            totals += (label_tokens, num_all, num_all - num_new)
+            on_step(clock.report(step, first_step, config.num_steps, loss, learning_rate, num_all))
+            due = config.checkpoint_every_steps and (step + 1) % config.checkpoint_every_steps == 0
+            if due and step + 1 < config.num_steps:
+                on_checkpoint(_training_state(step + 1, params, optimizer, strategy))
 
     optimizer.zero_grad(set_to_none=True)
     metrics: Mapping[str, float] = {}

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +30,6 @@ from clcore.engine.params import Params
 from clcore.engine.strategy import PROJECTS, Strategy
 from clcore.engine.tasks import derive_seed
 from clcore.strategies.subspace import Subspaces
-
-if TYPE_CHECKING:
-    pass
 
 
 class FreshPairStrategy(Strategy):

@@ -16,6 +16,7 @@ from clcore.engine.adapters import (
     TRAINED,
     assign_trained,
     check_pairs,
+    folded_pairs,
     freeze_pairs,
     has_frozen_pairs,
     join_pairs,
@@ -109,6 +110,43 @@ def test_freezing_adding_a_pair_and_joining_keep_the_models_outputs(
     config = loaded.peft_config["default"]
     assert (config.r, list(loaded.peft_config)) == (7, ["default"])
     assert config.lora_alpha == pytest.approx(5 * 7**0.5 if use_rslora else 17.5)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_folded_pairs_compute_the_same_and_leave_the_base_bit_for_bit(base: str) -> None:
+    model = lora_model(base).eval()
+    weights = {name: p for name, p in model.named_parameters() if "base_layer" in name}
+    held = {name: p.detach().clone() for name, p in weights.items()}
+    freeze_pairs(model)
+    fresh(model, 3, zero=False)
+    stacked, params = logits(model), dict(Params.of(model))
+    earlier_calls: list[Any] = []
+    for layer in lora_layers(model).values():
+        layer.lora_A[EARLIER].register_forward_hook(lambda *args: earlier_calls.append(args))
+    with folded_pairs(model):
+        torch.testing.assert_close(logits(model), stacked, rtol=0, atol=1e-5)
+        assert not earlier_calls  # nothing is left to compute for them
+        assert all(a is b for a, b in zip(Params.of(model).values(), params.values(), strict=True))
+        assert {n for n, p in model.named_parameters() if p.requires_grad} == set(params)
+    now = dict(model.named_parameters())
+    assert all(now[name] is p and torch.equal(p, held[name]) for name, p in weights.items())
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == set(params)
+    assert torch.equal(logits(model), stacked)
+    assert earlier_calls
+
+
+@pytest.mark.parametrize("kind", ["bfloat16 base", "no frozen pairs", "no adapter"])
+def test_nothing_is_folded_where_it_would_lose_or_has_nothing_to_fold(kind: str) -> None:
+    model = lora_model("llama") if kind != "no adapter" else tiny_llama_base()
+    if kind == "bfloat16 base":
+        for layer in lora_layers(model).values():
+            layer.get_base_layer().to(torch.bfloat16)
+        freeze_pairs(model)
+    before = dict(model.named_parameters())
+    with folded_pairs(model):
+        assert all(before[name] is p for name, p in model.named_parameters())
+    if kind == "bfloat16 base":
+        assert all(set(layer.active_adapters) == {EARLIER, TRAINED} for layer in lora_layers(model).values())
 
 
 def test_alpha_stays_a_whole_number_where_it_is_one() -> None:

@@ -105,6 +105,33 @@ def test_the_fresh_pair_depends_on_seed_and_task_and_has_the_scale_of_a_new_one(
     assert 0.9 / 32**0.5 < float(values.abs().max()) <= 1 / 32**0.5
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_while_a_task_trains_the_frozen_pairs_are_in_the_base_weights(precision: str) -> None:
+    """Not in bf16, where the sum would lose what they hold."""
+    model, session = after_one_task()
+    layer = next(iter(lora_layers(model).values()))
+    base: Any = layer.get_base_layer()
+    original, held = base.weight, base.weight.detach().clone()
+    a, b = (x.clone() for x in read_pair(layer))
+    seen: list[Tensor] = []
+    fit_task(
+        model,
+        OrthogonalLoRA(model),
+        tiny_stream()[1][1],
+        task_id="t1",
+        config=TrainConfig(num_steps=2, learning_rate=1e-2, precision=precision),
+        memory=session,
+        on_step=lambda _: seen.append(base.weight.detach()),
+    )
+    wanted = held + layer.scaling["default"] * (b @ a) if precision == "fp32" else held
+    for weight in seen:
+        torch.testing.assert_close(weight, wanted, rtol=0, atol=1e-7)
+    assert not torch.equal(wanted, held) or precision == "bf16"
+    assert len(seen) == 2
+    assert base.weight is original
+    assert torch.equal(original, held)
+
+
 def test_a_first_task_that_starts_from_a_trained_pair_freezes_it() -> None:
     model, session = tiny_llama(with_b=True), new_session()
     first = trainable(model)
