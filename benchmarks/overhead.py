@@ -80,6 +80,7 @@ def measure(candidate: Candidate, shape: Shape) -> dict[str, Any]:
     Bytes and once-per-task costs are those of the last task.
     """
     plain_model, model = lora_model(shape), candidate.make_model()
+    frozen = [p for p in model.parameters() if not p.requires_grad]
     store = InProcessMemory()
     steps: dict[str, Any] = {}
     row: dict[str, Any] = {"what": candidate.label, "steps": steps}
@@ -90,6 +91,7 @@ def measure(candidate: Candidate, shape: Shape) -> dict[str, Any]:
             continue
         if candidate.is_peer:
             model = candidate.make_model()
+            frozen = [p for p in model.parameters() if not p.requires_grad]
         strategy = candidate.make_strategy(model, task)
         memory = MemorySession(store, version=store.newest, op_id=f"task-{task}")
         rows = task_rows(shape, task)
@@ -102,7 +104,7 @@ def measure(candidate: Candidate, shape: Shape) -> dict[str, Any]:
         other = _standing(model, strategy, rows, task, num_steps, memory, shape)
         steps[str(task)] = _summary(race(plain, other, num_pairs, NUM_WARMUPS))
         if task == last:
-            row.update(_held(strategy, model))
+            row.update(_held(strategy, model, frozen))
         other.finish()
         plain.finish()
         LOG.info("%s: %.3f with %d earlier tasks", candidate.label, steps[str(task)]["ratio"], task)
@@ -130,13 +132,18 @@ def _nowhere() -> MemorySession:
     return MemorySession(InProcessMemory(), version=0, op_id="plain")
 
 
-def _held(strategy: Strategy, model: nn.Module) -> dict[str, Any]:
+def _held(strategy: Strategy, model: nn.Module, frozen: Sequence[nn.Parameter]) -> dict[str, Any]:
+    """Count what is held beside the trainable parameters and what was frozen from the start."""
+    now = {id(p): p.nbytes for p in model.parameters()}
     trainable = sum(p.nbytes for p in Params.of(model).values())
+    added = sum(now.values()) - trainable - sum(p.nbytes for p in frozen)
+    replaced = sum(p.nbytes for p in frozen if id(p) not in now)  # kept, to be put back
     held = held_bytes(strategy, model)
     return {
         "trainable_bytes": trainable,
         "held_bytes": held,
-        "copies": held / trainable,
+        "model_bytes": added + replaced,
+        "copies": (held + added + replaced) / trainable,
         "has_copy_of_parameters_in_step": bool(strategy.edits_update),
     }
 

@@ -11,7 +11,7 @@ import importlib
 import inspect
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from clcore.engine.errors import CompositionError, ConfigError
 
@@ -30,14 +30,6 @@ STRATEGIES: dict[str, str] = {
     "orthogonal_lora": "clcore.strategies.orthogonal_base:OrthogonalLoRA",
     "adaptive_svd": "clcore.strategies.adaptive_svd:AdaptiveSVD",
 }
-
-KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
-    bool: ("true or false", (bool,)),
-    int: ("a whole number", (int,)),
-    float: ("a number", (int, float)),
-    str: ("a string", (str,)),
-}
-"""Type of a parameter -> how errors call it, and the types that are accepted for it."""
 
 
 def strategy_class(name: str) -> type[Strategy]:
@@ -78,13 +70,6 @@ def make_config(name: str, params: Mapping[str, Any]) -> Any:
             f"unknown parameter of strategy {name!r}: {', '.join(unknown)}; "
             f"known: {', '.join(known) or 'none'}"
         )
-    hints = get_type_hints(cls)
-    for field, value in params.items():
-        if hints[field] not in KINDS:
-            continue
-        words, allowed = KINDS[hints[field]]
-        if not isinstance(value, allowed) or (isinstance(value, bool) and hints[field] is not bool):
-            raise ConfigError(f"{field} must be {words}, got {value!r}")
     return cls(**params)
 
 

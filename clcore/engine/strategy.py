@@ -11,12 +11,12 @@ Every hook is optional. A strategy never hides in a tensor hook: FSDP2 fires non
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 
+from clcore.engine.config import StrategyConfig
 from clcore.engine.errors import CompositionError, StateError, StrategyError
 from clcore.engine.memory import InProcessMemory, MemorySession
 from clcore.engine.params import Params
@@ -31,16 +31,11 @@ if TYPE_CHECKING:
 OBSERVES, ADDS, PROJECTS = 0, 1, 2
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class NoParameters:
-    """Configuration of a strategy without parameters."""
-
-
 class Strategy:
     """A continual-learning method. See the module's text for the order of the hooks."""
 
     name: ClassVar[str] = ""
-    Config: ClassVar[type[Any]] = NoParameters
+    Config: ClassVar[type[Any]] = StrategyConfig
     edits_update: bool = False
     """The loop copies parameters before the optimizer's step only if True."""
     owns_adapter: bool = False

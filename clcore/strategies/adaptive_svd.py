@@ -26,6 +26,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from clcore.engine.adapters import check_pairs
+from clcore.engine.config import StrategyConfig
 from clcore.engine.errors import ConfigError, DataError
 from clcore.engine.fisher import unwrapped
 from clcore.engine.params import Params
@@ -46,7 +47,7 @@ SOURCES = ("gradients", "activations", "weights")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AdaptiveSVDConfig:
+class AdaptiveSVDConfig(StrategyConfig):
     """Parameters of adaptive SVD in a job."""
 
     svd_rank: int = 64
@@ -69,6 +70,7 @@ class AdaptiveSVDConfig:
     """Rows of a task whose inputs are looked at, from 1; not for source "gradients"."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         for name in ("svd_rank", "update_frequency", "sample_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")

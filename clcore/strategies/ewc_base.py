@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from clcore.engine import parallel
+from clcore.engine.config import StrategyConfig
 from clcore.engine.errors import ConfigError, DataError, StateError, StrategyError
 from clcore.engine.loss import completion_nll
 from clcore.engine.memory import MemorySession
@@ -36,7 +37,7 @@ SPACES: dict[str, type[Consolidated] | type[DeltaW]] = {"factors": Consolidated,
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class EWCConfig:
+class EWCConfig(StrategyConfig):
     """Parameters of EWC in a job; the defaults are tuned for LoRA with AdamW."""
 
     ewc_lambda: float = 10.0
@@ -51,6 +52,7 @@ class EWCConfig:
     """"factors": LoRA's A and B each by itself; "delta_w": their product, the change of a layer's weight."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (math.isfinite(self.ewc_lambda) and self.ewc_lambda >= 0):
             raise ConfigError(f"ewc_lambda must be a finite number of at least 0, got {self.ewc_lambda}")
         if self.fisher_sample_size < 1:

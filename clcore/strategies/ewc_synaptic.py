@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from clcore.engine.config import StrategyConfig
 from clcore.engine.errors import ConfigError, StateError
 from clcore.engine.memory import MemorySession
 from clcore.engine.params import Params
@@ -26,7 +27,7 @@ from clcore.engine.strategy import OBSERVES, Strategy
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SynapticIntelligenceConfig:
+class SynapticIntelligenceConfig(StrategyConfig):
     """Parameters of Synaptic Intelligence in a job; the defaults are tuned for LoRA with AdamW."""
 
     si_lambda: float = 3.0
@@ -39,6 +40,7 @@ class SynapticIntelligenceConfig:
     """Divide the importance by its largest value over the whole model where the penalty uses it."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (math.isfinite(self.si_lambda) and self.si_lambda >= 0):
             raise ConfigError(f"si_lambda must be a finite number of at least 0, got {self.si_lambda}")
         if not (math.isfinite(self.xi) and self.xi > 0):

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from clcore.engine.adapters import check_pairs, lora_layers, parameter_names, read_pair
+from clcore.engine.config import StrategyConfig
 from clcore.engine.errors import ConfigError
 from clcore.engine.params import Params
 from clcore.strategies.fresh_pair import FreshPairStrategy, check_room
@@ -29,7 +30,7 @@ from clcore.strategies.subspace import Subspaces, empty_basis, grow
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class OrthogonalLoRAConfig:
+class OrthogonalLoRAConfig(StrategyConfig):
     """Parameters of orthogonal LoRA in a job."""
 
     orthogonal_constraint_lambda: float = 1.0
@@ -42,6 +43,7 @@ class OrthogonalLoRAConfig:
     """Add the penalty. It is 0 as long as the projection is complete."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not (math.isfinite(self.orthogonal_constraint_lambda) and self.orthogonal_constraint_lambda >= 0):
             raise ConfigError(
                 "orthogonal_constraint_lambda must be a finite number of at least 0, "

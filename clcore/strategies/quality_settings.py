@@ -99,10 +99,11 @@ class QualitySettings:
         if self.max_perplexity is not None:
             self._check("max_perplexity", self.min_perplexity or 1)
         known = set(REASONS) - {"invalid_format"}
-        if isinstance(self.skip, str) or not set(self.skip) <= known:
+        if not isinstance(self.skip, Collection) or isinstance(self.skip, str) or not set(self.skip) <= known:
             raise ConfigError(f"skip must hold names of {sorted(known)}, got {self.skip!r}")
         labels = self.allowed_labels
-        if isinstance(labels, str) or (labels is not None and not labels):
+        is_text = isinstance(labels, Collection) and all(isinstance(label, str) for label in labels)
+        if labels is not None and (isinstance(labels, str) or not labels or not is_text):
             raise ConfigError(f"allowed_labels must hold completions, got {self.allowed_labels!r}")
 
     def _check(
@@ -118,6 +119,11 @@ class QualitySettings:
             raise ConfigError(f"{name} must be {words} in {left}{low}, {high}{right}, got {value!r}")
 
     def _check_parts(self) -> None:
+        for name in ("validator", "embed"):
+            if getattr(self, name) is not None and not callable(getattr(self, name)):
+                raise ConfigError(f"{name} must be a function, got {getattr(self, name)!r}")
+        if isinstance(self.evaluation_rows, str) or not isinstance(self.evaluation_rows, Sequence):
+            raise ConfigError(f"evaluation_rows must be a list of rows, got {self.evaluation_rows!r:.80}")
         for name in ("min_perplexity", "max_perplexity", "base_perplexity"):
             if self.model is None and getattr(self, name):
                 raise ConfigError(f"{name}={getattr(self, name)} needs a model")

@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
+from clcore.engine.config import StrategyConfig
 from clcore.engine.errors import ConfigError, StrategyError
 from clcore.engine.memory import MemorySession
 from clcore.engine.params import Params
@@ -18,7 +19,7 @@ from clcore.engine.tasks import Example, collate, derive_seed, iter_examples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class ReplayConfig:
+class ReplayConfig(StrategyConfig):
     """Parameters that every replay method shares, with job defaults."""
 
     replay_ratio: float = 0.3
@@ -27,6 +28,7 @@ class ReplayConfig:
     """Replay on every n-th step."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 <= self.replay_ratio < 1:
             raise ConfigError(f"replay_ratio must be in [0, 1), got {self.replay_ratio}")
         if self.replay_frequency < 1:

@@ -57,8 +57,11 @@ class QualityController(QualitySettings):
 
         accepted: rows that the buffer holds already; they are not judged, but new ones must differ from them.
         Nothing else is carried from one call to the next. With a model, all processes must call.
-        Raises DataError for an accepted row that cannot be read, ConfigError when a check lacks a tokenizer.
+        Raises DataError for one row in place of several and for an accepted row that cannot be read,
+        ConfigError when a check lacks a tokenizer.
         """
+        if isinstance(examples, str | Mapping):
+            raise DataError(f"examples must be a list of rows, got one {type(examples).__name__}")
         sources = list(examples)
         self.provenance = [Provenance(ref_of(row, i), task_of(row, i)) for i, row in enumerate(sources)]
         rows = self._read(sources)

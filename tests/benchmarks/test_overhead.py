@@ -114,6 +114,14 @@ def test_ewc_holds_importance_and_anchor_and_replay_costs_tokens() -> None:
     assert replay["steps"]["3"]["token_ratio"] > 1.2
     assert replay["steps"]["3"]["num_pairs"] == 2
     assert replay["held_bytes"] > 0
+    assert ewc["model_bytes"] == replay["model_bytes"] == 0
+
+
+def test_frozen_pairs_and_base_weights_that_stand_aside_count_as_held() -> None:
+    owner = measure(candidate_of_arm(Arm("orthogonal_lora"), FAST), FAST)
+    base = sum(p.nbytes for n, p in lora_model(FAST).named_parameters() if "base_layer" in n)
+    assert owner["model_bytes"] == 3 * owner["trainable_bytes"] + base
+    assert owner["copies"] * owner["trainable_bytes"] == owner["model_bytes"] + owner["held_bytes"]
 
 
 def test_the_released_form_of_o_lora_sums_overlaps_within_modules() -> None:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 from torch import nn
 
-from clcore.engine.errors import StateError, StrategyError
+from clcore.engine.errors import ConfigError, StateError, StrategyError
 from clcore.engine.loss import completion_nll
 from clcore.engine.params import Params
-from clcore.engine.registry import STRATEGIES, build_strategy
+from clcore.engine.registry import STRATEGIES, build_strategy, config_class, strategy_class
 from clcore.engine.strategy import Strategy
 from clcore.engine.tasks import collate
 from clcore.strategies.ewc_base import BaseEWC
@@ -39,6 +40,17 @@ def test_a_model_without_a_trainable_parameter_is_refused(name: str) -> None:
     model = tiny_llama().requires_grad_(False)
     with pytest.raises(StrategyError, match=f"{name!r} has nothing to work on"):
         build_strategy(name, {}, model)
+
+
+@pytest.mark.parametrize(
+    ("name", "parameter"),
+    [(name, field.name) for name in STRATEGIES for field in dataclasses.fields(config_class(name))],
+)
+def test_an_argument_of_the_wrong_type_is_refused_by_name(name: str, parameter: str) -> None:
+    kind = get_type_hints(config_class(name))[parameter]
+    wrong: Any = {bool: "no", int: True, float: "much", str: 3}[kind]
+    with pytest.raises(ConfigError, match=f"{parameter} must be .*, got {wrong!r}"):
+        strategy_class(name)(tiny_llama(), **{parameter: wrong})
 
 
 @every

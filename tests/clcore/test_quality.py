@@ -503,12 +503,25 @@ def test_quality_is_the_worst_criterion_and_the_completion_counts_by_itself() ->
         ({"skip": ["invalid_format"]}, r"skip must hold names of .* got \['invalid_format'\]"),
         ({"allowed_labels": "yes"}, "allowed_labels must hold completions, got 'yes'"),
         ({"allowed_labels": []}, "allowed_labels must hold completions"),
+        ({"allowed_labels": [1]}, r"allowed_labels must hold completions, got \[1\]"),
+        ({"allowed_labels": 1}, "allowed_labels must hold completions, got 1"),
+        ({"skip": 1}, "skip must hold names of .* got 1"),
+        ({"validator": "x"}, "validator must be a function, got 'x'"),
+        ({"embed": 1}, "embed must be a function, got 1"),
+        ({"evaluation_rows": "abc"}, "evaluation_rows must be a list of rows, got 'abc'"),
+        ({"evaluation_rows": 3}, "evaluation_rows must be a list of rows, got 3"),
         ({"embed": len, "embedding_model_name": "m"}, "embedding_model_name or embed, not both"),
     ],
 )  # fmt: skip
 def test_a_bad_argument_is_refused_with_its_value_and_the_range(settings: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         QualityController(**settings)
+
+
+@pytest.mark.parametrize("one", ["a text", {"prompt": "a", "completion": "b"}])
+def test_one_row_in_place_of_a_list_is_refused(one: Any) -> None:
+    with pytest.raises(DataError, match="examples must be a list of rows, got one"):
+        QualityController().filter_examples(one)
 
 
 @pytest.mark.parametrize("name", ["allowed_labels", "validator", "embed"])

@@ -1,0 +1,30 @@
+"""What every strategy's configuration has in common: a frozen dataclass whose values have the right types."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import get_type_hints
+
+from clcore.engine.errors import ConfigError
+
+KINDS: dict[type, tuple[str, tuple[type, ...]]] = {
+    bool: ("true or false", (bool,)),
+    int: ("a whole number", (int,)),
+    float: ("a number", (int, float)),
+    str: ("a string", (str,)),
+}
+"""Type of a parameter -> how errors call it, and the types that are accepted for it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StrategyConfig:
+    """Parameters of a strategy in a job: none here, a subclass adds its own, with their job defaults."""
+
+    def __post_init__(self) -> None:
+        """Raise ConfigError for a value of the wrong type; subclasses call this, then check ranges."""
+        for name, kind in get_type_hints(type(self)).items():
+            if kind not in KINDS:
+                continue
+            value, (words, allowed) = getattr(self, name), KINDS[kind]
+            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+                raise ConfigError(f"{name} must be {words}, got {value!r}")
