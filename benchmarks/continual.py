@@ -93,6 +93,8 @@ def run_all(setup: Setup, arms: Sequence[Arm], folder: Path) -> tuple[list[dict[
     tuning = [Run(f"none-{rate:g}", Arm("none"), rate, has_dev_scores=True) for rate in TUNED_RATES]
     tuned = [(run, result_of(run, setup, folder)) for run in tuning]
     best_run, best = max(tuned, key=lambda item: _mean(item[1]["dev"]))  # the lower rate of equals
+    if default in TUNED_RATES:  # then plain training at the default rate is one of the tuning runs
+        arms = [arm for arm in arms if arm != Arm("none")]
     multitask = Run("multitask", Arm("none"), default, is_multitask=True)
     runs = [multitask, *(Run(arm.label, arm, default) for arm in arms)]
     results = [*tuned, *((run, result_of(run, setup, folder)) for run in runs)]

@@ -94,13 +94,13 @@ def test_an_interrupted_benchmark_goes_on_with_what_is_missing(
 
     monkeypatch.setattr(continual, "result_of", fail_at_ewc)
     with pytest.raises(KeyboardInterrupt):
-        run_all(tiny.setup, [Arm("ewc")], tmp_path)
+        run_all(tiny.setup, [Arm("none"), Arm("ewc")], tmp_path)
     assert tiny.num_loads == 5  # the base, three rates and multi-task training
     monkeypatch.setattr(continual, "result_of", real)
-    rows, targets = run_all(tiny.setup, [Arm("ewc")], tmp_path)
+    rows, targets = run_all(tiny.setup, [Arm("none"), Arm("ewc")], tmp_path)
     assert tiny.num_loads == 6
     names = ["base", "none-0.0003", "none-0.001", "none-0.003", "multitask", "ewc"]
-    assert [row["run"] for row in rows] == names
+    assert [row["run"] for row in rows] == names  # "none" is none-0.001: the job's default rate
     assert [t["what"].split(":")[0] for t in targets] == ["ewc"]
     assert len(table(rows).splitlines()) == 2 + len(names)
 
