@@ -40,7 +40,7 @@ SPACES: dict[str, type[Consolidated] | type[DeltaW]] = {"factors": Consolidated,
 class EWCConfig(StrategyConfig):
     """Parameters of EWC in a job; the defaults are tuned for LoRA with AdamW."""
 
-    ewc_lambda: float = 10.0
+    ewc_lambda: float = 30.0
     """Strength of the penalty; with normalize_fisher the largest importance of each task is 1."""
     fisher_sample_size: int = 128
     """Rows of a task that the Fisher is estimated on; all rows when there are fewer."""
