@@ -12,7 +12,6 @@ from clcore.engine.registry import STRATEGIES, config_class, make_config
 
 VARIANTS = (
     "ewc:space=delta_w",
-    "ewc_online:space=delta_w",
     "adaptive_svd:source=gradients",
     "adaptive_svd:source=weights",
 )

@@ -77,7 +77,7 @@ def candidate_of_peer(peer: Peer, shape: Shape) -> Candidate:
 def measure(candidate: Candidate, shape: Shape) -> dict[str, Any]:
     """Train a stream of one-step tasks and race the tasks that have as many earlier ones as asked for.
 
-    Bytes and once-per-task costs are those of the last task.
+    Bytes and once-per-task costs are those of the last task. A peer runs there only.
     """
     plain_model, model = lora_model(shape), candidate.make_model()
     frozen = [p for p in model.parameters() if not p.requires_grad]
@@ -87,7 +87,7 @@ def measure(candidate: Candidate, shape: Shape) -> dict[str, Any]:
     last = max(shape.pairs_at)
     for task in range(last + 1):
         num_pairs = shape.pairs_at.get(task)
-        if num_pairs is None and candidate.is_peer:
+        if candidate.is_peer and task < last:
             continue
         if candidate.is_peer:
             model = candidate.make_model()

@@ -80,7 +80,7 @@ def table(rows: Sequence[Mapping[str, Any]]) -> str:
         last = row["steps"][counts[-1]]
         cells = [
             row["what"],
-            *(f"{row['steps'][count]['ratio']:.3f}" for count in counts),
+            *(f"{row['steps'][c]['ratio']:.3f}" if c in row["steps"] else "" for c in counts),
             f"{last['token_ratio']:.2f}",
             f"{last['ratio_per_token']:.3f}",
             f"{row['once_per_task']['after_in_passes']:.2f}" if "config" in row else "",
