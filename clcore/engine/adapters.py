@@ -143,8 +143,9 @@ def freeze_pairs(model: nn.Module) -> None:
 def folded_pairs(model: nn.Module) -> Iterator[None]:
     """Compute with the frozen pairs inside the base weights, W + scaling B A: any number of them is free.
 
-    The base weights come back bit for bit; meanwhile they are held twice. Does nothing without frozen pairs,
-    nor where a base weight is not float32: a coarser sum would lose what the pairs hold.
+    The base weights come back bit for bit; meanwhile they are held twice, and the model with its adapters
+    switched off is not the base model. Does nothing without frozen pairs, nor where a base weight is not
+    float32: a coarser sum would lose what the pairs hold.
     """
     layers = lora_layers(model) if has_frozen_pairs(model) else {}
     bases: list[Any] = [layer.get_base_layer() for layer in layers.values()]
@@ -152,13 +153,13 @@ def folded_pairs(model: nn.Module) -> Iterator[None]:
         yield
         return
     originals = [base.weight for base in bases]
-    for layer, base in zip(layers.values(), bases, strict=True):
-        a, b = read_pair(layer, EARLIER)
-        change = layer.scaling[EARLIER] * (b @ a)
-        weight = base.weight.detach() + (change.T if isinstance(base, Conv1D) else change)
-        base.weight = nn.Parameter(weight, requires_grad=False)
-    _activate(model, [TRAINED])
     try:
+        for layer, base in zip(layers.values(), bases, strict=True):
+            a, b = read_pair(layer, EARLIER)
+            change = layer.scaling[EARLIER] * (b @ a)
+            weight = base.weight.detach() + (change.T if isinstance(base, Conv1D) else change)
+            base.weight = nn.Parameter(weight, requires_grad=False)
+        _activate(model, [TRAINED])
         yield
     finally:
         for base, original in zip(bases, originals, strict=True):

@@ -119,7 +119,8 @@ def fit_task(
     interrupted. should_stop is asked on rank 0 before each step; when it says yes, on_checkpoint gets a state
     and training ends without after_training. Reseeds torch's generator before every step, so that dropout is
     reproducible. A strategy that owns the adapter's structure leaves one plain adapter behind; stopped in the
-    middle of a task it leaves the model as it is, and the task goes on from the model that it started with.
+    middle of a task it leaves the model as it is; resume takes the model as it was when the task started,
+    not the half-trained one. Callbacks see the model in training: its base weights may hold earlier pairs.
 
     Raises DataError for an empty data set, TrainingDivergedError when the loss is no longer finite.
     """

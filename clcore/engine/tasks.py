@@ -139,8 +139,9 @@ def _without_oldest_turn(messages: list[Mapping[str, str]]) -> list[Mapping[str,
 def iter_examples(dataset: Iterable[Any], prefix: str = "") -> Iterator[Example]:
     """Yield examples from what users train on: items with input_ids and optional labels and attention_mask.
 
-    An item may hold one row, shape (L,), or a batch, (B, L); lists and tensors are accepted. Without labels
-    every token that is not padding carries loss. Raises DataError for anything else.
+    An item may hold one row, shape (L,), or a batch, (B, L); lists and tensors are accepted. Padding, where
+    attention_mask is 0, is left out, so that nothing measures it. Without labels every token carries loss.
+    Raises DataError for anything else.
     """
     count = 0
     for item in dataset:
@@ -148,18 +149,21 @@ def iter_examples(dataset: Iterable[Any], prefix: str = "") -> Iterator[Example]
             raise DataError(f"a data set item must be a mapping with 'input_ids', got {type(item).__name__}")
         ids = torch.as_tensor(item["input_ids"])
         labels = torch.as_tensor(item["labels"]) if item.get("labels") is not None else ids.clone()
-        if item.get("attention_mask") is not None:
-            labels = labels.masked_fill(torch.as_tensor(item["attention_mask"]) == 0, IGNORE)
-        if ids.dim() not in (1, 2) or labels.shape != ids.shape:
+        given = item.get("attention_mask")
+        mask = torch.ones_like(ids) if given is None else torch.as_tensor(given)
+        if ids.dim() not in (1, 2) or labels.shape != ids.shape or mask.shape != ids.shape:
+            shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (ids, labels, mask))
             raise DataError(
-                f"input_ids and labels must share a shape (L,) or (B, L), got {ids.shape} and {labels.shape}"
+                f"input_ids, labels and attention_mask must share a shape (L,) or (B, L), got {shapes}"
             )
-        batched = ids.dim() == 2
-        for row_ids, row_labels in zip(
-            ids if batched else [ids], labels if batched else [labels], strict=True
+        columns = (ids, labels, mask != 0)
+        for row_ids, row_labels, is_real in zip(
+            *(x.reshape(-1, ids.shape[-1]) for x in columns), strict=True
         ):
             ref = item.get("ref") or f"{prefix}:{count}"
-            yield {"input_ids": row_ids, "labels": row_labels, "ref": str(ref)}
+            if not bool(is_real.any()):
+                raise DataError(f"row {ref!r} is nothing but padding: its attention_mask is 0 everywhere")
+            yield {"input_ids": row_ids[is_real], "labels": row_labels[is_real], "ref": str(ref)}
             count += 1
 
 

@@ -97,8 +97,8 @@ class ReplayStrategy(Strategy):
         if train_dataset is None or not self.stored:
             return train_dataset
         original = list(iter_examples(train_dataset, task_id))
-        share = self.replay.replay_ratio / self.replay.replay_frequency
-        target = sum(len(e["input_ids"]) for e in original) * share / (1 - share)
+        odds = self.replay.replay_ratio / (1 - self.replay.replay_ratio)  # on every n-th step
+        target = sum(len(e["input_ids"]) for e in original) * odds / self.replay.replay_frequency
         return MixedDataset(original, self._take(target, self._rng("data set")))
 
     def mix_batch(self, batch: list[Example], *, step: int) -> list[Example]:

@@ -135,6 +135,25 @@ def test_folded_pairs_compute_the_same_and_leave_the_base_bit_for_bit(base: str)
     assert earlier_calls
 
 
+def test_an_error_while_folding_puts_the_weights_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = lora_model("llama")
+    freeze_pairs(model)
+    before = {name: (p, p.detach().clone()) for name, p in model.named_parameters()}
+    reads = iter(range(100))
+
+    def failing(*args: Any) -> Any:
+        if next(reads) == 2:  # two layers are folded already
+            raise torch.OutOfMemoryError
+        return read_pair(*args)
+
+    monkeypatch.setattr("clcore.engine.adapters.read_pair", failing)
+    with pytest.raises(torch.OutOfMemoryError), folded_pairs(model):
+        pass
+    assert all(
+        before[name][0] is p and torch.equal(p, before[name][1]) for name, p in model.named_parameters()
+    )
+
+
 @pytest.mark.parametrize("kind", ["bfloat16 base", "no frozen pairs", "no adapter"])
 def test_nothing_is_folded_where_it_would_lose_or_has_nothing_to_fold(kind: str) -> None:
     model = lora_model("llama") if kind != "no adapter" else tiny_llama_base()

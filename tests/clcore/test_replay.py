@@ -321,6 +321,16 @@ def test_alone_the_next_task_gets_a_mixed_data_set_and_replayed_rows_are_not_off
     assert replay.get_buffer_statistics()["seen"] == 80
 
 
+def test_alone_a_rarer_replay_has_the_odds_of_its_steps() -> None:
+    """0.5 on every 4th step: as many old tokens as new ones there, so a quarter of the new ones in all."""
+    replay = ExperienceReplay(tiny_llama(), replay_ratio=0.5, replay_frequency=4)
+    replay.before_training("t0", tiny_dataset("t0", 40))
+    replay.after_training("t0", tiny_dataset("t0", 40))
+    second = tiny_dataset("t1", 40, shift=3)
+    mixed = replay.before_training("t1", second)
+    assert tokens(mixed.replay_examples) / tokens(second) == pytest.approx(0.25, abs=0.02)
+
+
 def test_a_mixed_data_set_behaves_as_one_data_set() -> None:
     mixed = MixedDataset([row("a", 2), row("b", 2)], [row("c", 2)])
     assert refs(mixed) == ["a", "b", "c"]

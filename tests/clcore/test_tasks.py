@@ -102,9 +102,16 @@ def test_data_set_items_may_be_rows_or_batches_as_lists_or_tensors() -> None:
     batch = {"input_ids": torch.tensor([[5, 6, 0], [7, 8, 9]]), "attention_mask": [[1, 1, 0], [1, 1, 1]]}
     row = {"input_ids": [1, 2], "labels": [IGNORE, 2], "ref": "set:7"}
     found = list(iter_examples([batch, row], "task"))
-    assert [example["input_ids"].tolist() for example in found] == [[5, 6, 0], [7, 8, 9], [1, 2]]
-    assert [example["labels"].tolist() for example in found] == [[5, 6, IGNORE], [7, 8, 9], [IGNORE, 2]]
+    assert [example["input_ids"].tolist() for example in found] == [[5, 6], [7, 8, 9], [1, 2]]
+    assert [example["labels"].tolist() for example in found] == [[5, 6], [7, 8, 9], [IGNORE, 2]]
     assert [example["ref"] for example in found] == ["task:0", "task:1", "set:7"]
+
+
+def test_padding_on_either_side_is_left_out() -> None:
+    left = {"input_ids": [0, 0, 5, 6], "labels": [IGNORE, IGNORE, IGNORE, 6], "attention_mask": [0, 0, 1, 1]}
+    right = {"input_ids": [5, 6, 0], "labels": [IGNORE, 6, IGNORE], "attention_mask": [1, 1, 0]}
+    for example in iter_examples([left, right]):
+        assert (example["input_ids"].tolist(), example["labels"].tolist()) == ([5, 6], [IGNORE, 6])
 
 
 @pytest.mark.parametrize(
@@ -114,6 +121,11 @@ def test_data_set_items_may_be_rows_or_batches_as_lists_or_tensors() -> None:
         ({"labels": [1]}, "input_ids"),
         ({"input_ids": [1, 2], "labels": [1]}, "share a shape"),
         ({"input_ids": 3}, "share a shape"),
+        ({"input_ids": [1, 2], "attention_mask": [1]}, "share a shape"),
+        (
+            {"input_ids": [1, 2], "attention_mask": [0, 0], "ref": "set:3"},
+            "row 'set:3' is nothing but padding",
+        ),
     ],
 )
 def test_a_bad_data_set_item_is_refused(item: Any, said: str) -> None:
