@@ -1,9 +1,9 @@
-"""What every strategy's configuration has in common: a frozen dataclass whose values have the right types."""
+"""Configurations are frozen dataclasses whose values have the right types."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 from clcore.engine.errors import ConfigError
 
@@ -21,10 +21,15 @@ class StrategyConfig:
     """Parameters of a strategy in a job: none here, a subclass adds its own, with their job defaults."""
 
     def __post_init__(self) -> None:
-        """Raise ConfigError for a value of the wrong type; subclasses call this, then check ranges."""
-        for name, kind in get_type_hints(type(self)).items():
-            if kind not in KINDS:
-                continue
-            value, (words, allowed) = getattr(self, name), KINDS[kind]
-            if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
-                raise ConfigError(f"{name} must be {words}, got {value!r}")
+        """Check the types; subclasses call this, then check ranges."""
+        check_types(self)
+
+
+def check_types(config: Any) -> None:
+    """Raise ConfigError for a field of a dataclass that holds a value of the wrong type."""
+    for name, kind in get_type_hints(type(config)).items():
+        if kind not in KINDS:
+            continue
+        value, (words, allowed) = getattr(config, name), KINDS[kind]
+        if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
+            raise ConfigError(f"{name} must be {words}, got {value!r}")

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from clcore.engine import parallel
 from clcore.engine.adapters import folded_pairs
-from clcore.engine.errors import ConfigError, DataError, TrainingDivergedError
+from clcore.engine.config import check_types
+from clcore.engine.errors import ConfigError, DataError, StateError, TrainingDivergedError
 from clcore.engine.loss import RowLosses, completion_nll
 from clcore.engine.memory import MemorySession
 from clcore.engine.params import Params
@@ -52,6 +53,7 @@ class TrainConfig:
     pad_token_id: int = 0
 
     def __post_init__(self) -> None:
+        check_types(self)
         for name in ("num_steps", "batch_size", "micro_batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}")
@@ -122,10 +124,22 @@ def fit_task(
     middle of a task it leaves the model as it is; resume takes the model as it was when the task started,
     not the half-trained one. Callbacks see the model in training: its base weights may hold earlier pairs.
 
-    Raises DataError for an empty data set, TrainingDivergedError when the loss is no longer finite.
+    Raises DataError for an empty data set or a row without labels, StateError for a session that another
+    task has committed and for a resume from another model than the task started with, TrainingDivergedError
+    when the loss is no longer finite.
     """
     if not dataset:
         raise DataError(f"task {task_id!r} has no rows to train on")
+    if memory.is_committed:
+        raise StateError(
+            f"the memory session {memory.op_id!r} was committed; give task {task_id!r} the next one, "
+            "session.next_task(op_id=...)"
+        )
+    start = Params.of(model).digest()
+    if resume and resume.get("start", start) != start:
+        raise StateError(
+            f"task {task_id!r} started from other parameters: resume with the model as it was before the task"
+        )
     clock = _Clock()
     with clock.strategy():
         if resume:
@@ -149,7 +163,7 @@ def fit_task(
             # Before mix_batch: a state taken here must not have seen this step's draw.
             if parallel.sum_over_ranks([float(parallel.rank() == 0 and should_stop())])[0]:
                 is_stopped = True
-                on_checkpoint(_training_state(step, params, optimizer, strategy))
+                on_checkpoint(_training_state(step, start, params, optimizer, strategy))
                 break
             rows = [dataset[i] for i in order.take(step * config.batch_size, config.batch_size)]
             with clock.strategy():
@@ -182,7 +196,7 @@ def fit_task(
             on_step(clock.report(step, first_step, config.num_steps, loss, learning_rate, num_all))
             due = config.checkpoint_every_steps and (step + 1) % config.checkpoint_every_steps == 0
             if due and step + 1 < config.num_steps:
-                on_checkpoint(_training_state(step + 1, params, optimizer, strategy))
+                on_checkpoint(_training_state(step + 1, start, params, optimizer, strategy))
 
     optimizer.zero_grad(set_to_none=True)
     metrics: Mapping[str, float] = {}
@@ -278,14 +292,23 @@ class _RowOrder:
 
 
 def _training_state(
-    step: int, params: Params, optimizer: torch.optim.Optimizer, strategy: Strategy
+    step: int, start: str, params: Params, optimizer: torch.optim.Optimizer, strategy: Strategy
 ) -> dict[str, Any]:
-    """Everything that the next step depends on beside data, base model and memory."""
+    """Everything that the next step depends on beside data, base model and memory.
+
+    start: digest of the parameters that the task started from.
+    """
     moments = [
         {key: value.detach().clone() for key, value in optimizer.state[parameter].items()}
         for parameter in params.values()
     ]
-    return {"step": step, "params": params.copies(), "optimizer": moments, "strategy": strategy.state_dict()}
+    return {
+        "step": step,
+        "start": start,
+        "params": params.copies(),
+        "optimizer": moments,
+        "strategy": strategy.state_dict(),
+    }
 
 
 def _restore(state: Mapping[str, Any], params: Params, optimizer: torch.optim.Optimizer) -> int:

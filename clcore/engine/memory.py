@@ -178,6 +178,7 @@ class MemorySession:
         self.store, self.version, self.op_id, self.seed, self._encode = store, version, op_id, seed, encode
         self._states: dict[str, State] = {}
         self._rows: dict[str, dict[str, Row]] = {}
+        self.is_committed = False
 
     def read(self, key: str) -> State:
         """Return a strategy's state as earlier tasks left it; {} before the first task."""
@@ -198,6 +199,7 @@ class MemorySession:
     def commit(self) -> int:
         """Write what was staged and return the new version. Only rank 0 calls it."""
         self.version = self.store.write(self.op_id, self.version, self._states, self._rows)
+        self.is_committed = True
         return self.version
 
     def next_task(self, *, op_id: str) -> MemorySession:

@@ -6,6 +6,7 @@ process, DDP); sharded backends will hand out their local shards here.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 
 import torch
@@ -43,6 +44,14 @@ class Params(Mapping[str, nn.Parameter]):
     def copies(self) -> dict[str, Tensor]:
         """Return detached copies of all values."""
         return {name: parameter.detach().clone() for name, parameter in self.items()}
+
+    def digest(self) -> str:
+        """Return the sha256 of all names and values."""
+        found = hashlib.sha256()
+        for name, parameter in self.items():
+            found.update(name.encode())
+            found.update(parameter.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return found.hexdigest()
 
     @torch.no_grad()
     def assign(self, values: Mapping[str, Tensor]) -> None:

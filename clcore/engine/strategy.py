@@ -55,6 +55,7 @@ class Strategy:
         self.is_bound = False
         self.is_attached = False
         self._attached_to: Optimizer | None = None
+        self._num_steps_seen = 0
         self._hooks: list[Any] = []
 
     # ------------------------------------------------------------------------------------- called by the loop
@@ -146,7 +147,12 @@ class Strategy:
             hook.remove()
         before: dict[str, Tensor] = {}
 
-        def pre_step(*_: object) -> None:
+        def pre_step(_: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            if any(closure is not None for closure in (*args[1:], *kwargs.values())):
+                raise StrategyError(
+                    "attach() needs the gradients before step(): call step() without a closure"
+                )
+            self._num_steps_seen += 1
             self.modify_gradients(self.params)
             if self.edits_update:
                 before.update(self.params.copies())
@@ -163,11 +169,20 @@ class Strategy:
         return self
 
     def finish_task(self) -> None:
-        """Make staged state readable when nobody else commits it; raise if a needed attach() is missing."""
+        """Make staged state readable when nobody else commits it.
+
+        Raises StrategyError when a needed attach() is missing, or the attached optimizer made no step.
+        """
         if self.is_bound:
             return
+        if self.is_attached and not self._num_steps_seen:
+            raise StrategyError(
+                f"strategy {self.name!r} saw no step of the optimizer it is attached to; "
+                "attach(optimizer) again for the optimizer of each task"
+            )
         if self.needs_attach and not self.is_attached:
             raise StrategyError(f"strategy {self.name!r} saw no optimizer step; call attach(optimizer) first")
+        self._num_steps_seen = 0
         self.memory.commit()
         self.memory = self.memory.next_task(op_id=f"alone-{self.memory.version}")
 

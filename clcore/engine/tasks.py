@@ -183,7 +183,14 @@ def collate(
 
 
 def num_label_tokens(example: Example) -> int:
-    """Count the positions that are predicted; the first token of a row never is."""
+    """Count the positions that are predicted; the first token of a row never is.
+
+    Raises DataError for a row without labels.
+    """
+    if "labels" not in example:
+        raise DataError(
+            f"row {example.get('ref', '')!r} has no labels; iter_examples gives rows their labels"
+        )
     return int((example["labels"][1:] != IGNORE).sum())
 
 

@@ -90,6 +90,27 @@ def test_a_new_optimizer_takes_the_hooks_of_the_one_before() -> None:
     assert calls == [1]
 
 
+def test_a_step_with_a_closure_is_refused_because_its_gradients_come_too_late() -> None:
+    model = tiny_llama()
+    optimizer = adamw(model)
+    BaseEWC(model).attach(optimizer)
+    for arguments in ((lambda: 0.0,), ()):
+        with pytest.raises(StrategyError, match="without a closure"):
+            optimizer.step(*arguments, **({} if arguments else {"closure": lambda: 0.0}))
+
+
+def test_a_penalty_that_no_optimizer_applied_is_noticed() -> None:
+    model, dataset = tiny_llama(with_b=True), tiny_dataset("t0")
+    ewc = BaseEWC(model)
+    first, second = adamw(model), adamw(model)
+    ewc.attach(first)
+    step(model, ewc, first, dataset)
+    ewc.after_training("t0", dataset)
+    step(model, ewc, second, dataset)  # attached to the first one still: no penalty
+    with pytest.raises(StrategyError, match="saw no step of the optimizer it is attached to"):
+        ewc.after_training("t1", dataset)
+
+
 @pytest.mark.parametrize("space", ["factors", "delta_w"])
 def test_a_task_counts_once_in_ewc(space: str) -> None:
     model, dataset = tiny_llama(with_b=True), tiny_dataset("t0")

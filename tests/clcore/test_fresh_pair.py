@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from clcore.engine.adapters import has_frozen_pairs, lora_layers, read_pair
 from clcore.engine.errors import StrategyError
-from clcore.engine.loop import TrainConfig, fit_task
+from clcore.engine.loop import StepReport, TrainConfig, fit_task
 from clcore.engine.loss import completion_nll
 from clcore.engine.params import Params
 from clcore.engine.registry import build_strategy
@@ -144,8 +144,7 @@ def test_a_first_task_that_starts_from_a_trained_pair_freezes_it() -> None:
     assert session.read("orthogonal_lora")["rank"] == 4
 
 
-def test_a_stopped_task_goes_on_in_the_model_that_it_left() -> None:
-    """The pairs are frozen once, not once more by the second start."""
+def test_a_stopped_task_goes_on_in_the_model_that_it_started_with() -> None:
     second = tiny_stream()[1][1]
     config = TrainConfig(num_steps=6, learning_rate=1e-2)
     model, session = after_one_task()
@@ -165,10 +164,32 @@ def test_a_stopped_task_goes_on_in_the_model_that_it_left() -> None:
         should_stop=lambda: next(answers),
         on_checkpoint=states.append,
     )
+    model, session = after_one_task()
     fit_task(
         model, OrthogonalLoRA(model), second, task_id="t1", config=config, memory=session, resume=states[0]
     )
     assert_close(trainable(model), straight)
+
+
+def test_a_task_that_failed_starts_again_in_the_model_that_it_left() -> None:
+    """The pairs are frozen once, not once more by the second start."""
+    second = tiny_stream()[1][1]
+    config = TrainConfig(num_steps=4, learning_rate=1e-2)
+    trained = []
+    for fails in (False, True):
+        model, session = after_one_task()
+        options: dict[str, Any] = {"task_id": "t1", "config": config, "memory": session}
+
+        def fail(report: StepReport) -> None:
+            if report.step == 2:
+                raise KeyboardInterrupt
+
+        if fails:
+            with pytest.raises(KeyboardInterrupt):
+                fit_task(model, OrthogonalLoRA(model), second, on_step=fail, **options)
+        fit_task(model, OrthogonalLoRA(model), second, **options)
+        trained.append(trainable(model))
+    assert_close(*trained)
 
 
 def test_a_first_task_is_trained_exactly_as_without_the_strategy() -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from clcore.engine.errors import BackendError, ConfigError, DataError, TrainingDivergedError
+from clcore.engine.errors import BackendError, ConfigError, DataError, StateError, TrainingDivergedError
 from clcore.engine.loop import StepReport, scheduled_learning_rate
 from clcore.engine.loss import RowLosses
 from clcore.engine.params import Params
@@ -198,6 +198,10 @@ def test_a_loss_that_is_not_finite_ends_training_with_advice() -> None:
     ("changes", "said"),
     [
         ({"num_steps": 0}, "num_steps must be at least 1, got 0"),
+        ({"num_steps": 2.5}, "num_steps must be a whole number, got 2.5"),
+        ({"batch_size": True}, "batch_size must be a whole number, got True"),
+        ({"max_grad_norm": None}, "max_grad_norm must be a number, got None"),
+        ({"seed": "a"}, "seed must be a whole number, got 'a'"),
         ({"batch_size": 0}, "batch_size must be at least 1, got 0"),
         ({"micro_batch_size": -1}, "micro_batch_size must be at least 1, got -1"),
         ({"learning_rate": float("nan")}, "learning_rate must be a positive finite number, got nan"),
@@ -212,6 +216,20 @@ def test_a_loss_that_is_not_finite_ends_training_with_advice() -> None:
 def test_a_bad_training_value_is_refused_with_what_is_allowed(changes: dict[str, Any], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         config(**changes)
+
+
+def test_a_session_that_a_task_has_committed_is_refused_for_the_next() -> None:
+    model, session = tiny_llama(), new_session()
+    fit(model, memory=session)
+    with pytest.raises(StateError, match=r"was committed; give task 't1' the next one"):
+        fit(model, tiny_dataset("t1"), memory=session, task_id="t1")
+    fit(model, tiny_dataset("t1"), memory=session.next_task(op_id="run/t1"), task_id="t1")
+
+
+def test_a_row_without_labels_is_refused_by_name() -> None:
+    rows: Any = [{"input_ids": example["input_ids"], "ref": example["ref"]} for example in tiny_dataset("t0")]
+    with pytest.raises(DataError, match=r"row 't0:\d+' has no labels; iter_examples gives rows their labels"):
+        fit(tiny_llama(), rows)
 
 
 def test_a_backend_that_does_not_run_yet_is_refused() -> None:

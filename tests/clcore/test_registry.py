@@ -265,8 +265,12 @@ def test_a_strategy_that_needs_attach_raises_when_it_was_forgotten() -> None:
     with pytest.raises(StrategyError, match="saw no optimizer step; call attach"):
         NeedsAttach(model).after_training("t0")
     attached = NeedsAttach(model)
-    attached.attach(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    attached.attach(optimizer)
+    optimizer.step()
     attached.after_training("t0")
+    with pytest.raises(StrategyError, match="saw no step of the optimizer it is attached to"):
+        attached.after_training("t1")  # its task ran with another optimizer
 
 
 def test_a_composition_keeps_states_apart_and_refuses_those_of_another() -> None:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from torch import nn
 
+from clcore.engine.errors import StateError
 from clcore.engine.loop import FitResult
 from clcore.engine.memory import MemorySession
-from clcore.engine.params import Params
+from clcore.engine.registry import STRATEGIES, build_strategy
 from clcore.engine.state import load_state, save_state
 from clcore.engine.strategy import Strategy, compose
 from clcore.strategies.ewc_base import BaseEWC
@@ -58,11 +59,26 @@ def test_resuming_from_files_equals_the_straight_run_bit_for_bit_with_ewc_and_re
     save_state(tmp_path, "training", states[0], generation="g")
 
     model, session = after_first_task(dropout=0.2)
-    nn.init.normal_(next(iter(Params.of(model).values())))  # the checkpoint must bring the weights
     second_task(model, session, resume=load_state(tmp_path, "training", generation="g"))
     assert_close(trainable(model), straight)
     resumed = session.read("ewc")["importance"]
     assert all((resumed[name] == value).all() for name, value in straight_memory.items())
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_a_half_trained_model_cannot_be_resumed_in(name: str) -> None:
+    """A strategy would take what the task has done for what stood before it."""
+    model = tiny_llama()
+    states: list[dict[str, Any]] = []
+    answers = iter([False, False, True])
+    stop: dict[str, Any] = {"should_stop": lambda: next(answers), "on_checkpoint": states.append}
+    fit(model, strategy=build_strategy(name, {}, model), **stop)
+    with pytest.raises(StateError, match="resume with the model as it was before the task"):
+        fit(model, strategy=build_strategy(name, {}, model), resume=states[0])
+    fresh, reference = tiny_llama(), tiny_llama()
+    fit(fresh, strategy=build_strategy(name, {}, fresh), resume=states[0])
+    fit(reference, strategy=build_strategy(name, {}, reference))
+    assert_close(trainable(fresh), trainable(reference))
 
 
 def test_a_stop_before_the_first_step_can_be_resumed() -> None:

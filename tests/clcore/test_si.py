@@ -37,6 +37,12 @@ def step(model: nn.Linear, optimizer: torch.optim.Optimizer, *gradient: float) -
     optimizer.step()
 
 
+def empty_step(model: nn.Linear, optimizer: torch.optim.Optimizer) -> None:
+    """Step without a gradient: nothing moves and nothing is gained, but the strategy has seen a step."""
+    model.weight.grad = None
+    optimizer.step()
+
+
 def after_two_steps(**params: Any) -> tuple[nn.Linear, SynapticIntelligence, torch.optim.Optimizer]:
     model, si, optimizer = toy(**params)
     si.before_training("t0")
@@ -74,9 +80,10 @@ def test_normalised_importance_is_divided_by_its_largest_value_when_used_and_sto
 
 
 def test_a_second_task_adds_its_own_path_only_and_importance_never_falls_below_0() -> None:
-    model, si, _ = after_two_steps(si_lambda=2.0, xi=0.01, normalize_importance=False)
+    model, si, optimizer = after_two_steps(si_lambda=2.0, xi=0.01, normalize_importance=False)
     si.after_training("t0")
     si.before_training("t1")
+    empty_step(model, optimizer)
     torch.testing.assert_close(si.omega["weight"], torch.zeros(1, 2))
     before = {"weight": model.weight.detach().clone()}
     model.weight.grad = torch.tensor([[1.0, -1.0]])
@@ -88,6 +95,7 @@ def test_a_second_task_adds_its_own_path_only_and_importance_never_falls_below_0
     si.after_training("t1")
     # relu(5 - 0.2 / (0.04 + 0.01)), 25 + 0.3 / (0.09 + 0.01)
     torch.testing.assert_close(si.importance["weight"], torch.tensor([[1.0, 28.0]]))
+    empty_step(model, optimizer)
     before = {"weight": model.weight.detach().clone()}
     model.weight.grad = torch.tensor([[9.0, 0.0]])
     si.modify_gradients()
@@ -191,7 +199,9 @@ def test_only_three_copies_of_the_parameters_stay_between_steps_in_float32() -> 
         si.modify_gradients()
         si.modify_update(si.params, {"weight": model.weight.detach() + 0.25})
         if task == "t0":
-            si.attach(optimizer).after_training(task)
+            si.attach(optimizer)
+            empty_step(model, optimizer)
+            si.after_training(task)
     held = [v for d in vars(si).values() if isinstance(d, dict) for v in d.values() if isinstance(v, Tensor)]
     assert len(held) == 3
     assert {tensor.dtype for tensor in held} == {torch.float32}
