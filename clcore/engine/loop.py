@@ -206,6 +206,7 @@ def fit_task(
             metrics = strategy.metrics()
             model = strategy.release_model(model, task_id)
         memory.version = parallel.from_rank0(memory.commit() if parallel.rank() == 0 else 0)
+        memory.is_committed = True  # on every rank
     label_total, token_total, replay_total = map(int, totals)
     return FitResult(
         is_stopped=is_stopped,

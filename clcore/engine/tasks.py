@@ -156,13 +156,11 @@ def iter_examples(dataset: Iterable[Any], prefix: str = "") -> Iterator[Example]
             raise DataError(
                 f"input_ids, labels and attention_mask must share a shape (L,) or (B, L), got {shapes}"
             )
-        columns = (ids, labels, mask != 0)
-        for row_ids, row_labels, is_real in zip(
-            *(x.reshape(-1, ids.shape[-1]) for x in columns), strict=True
-        ):
+        columns = [x if x.dim() == 2 else x.unsqueeze(0) for x in (ids, labels, mask != 0)]
+        for row_ids, row_labels, is_real in zip(*columns, strict=True):
             ref = item.get("ref") or f"{prefix}:{count}"
             if not bool(is_real.any()):
-                raise DataError(f"row {ref!r} is nothing but padding: its attention_mask is 0 everywhere")
+                raise DataError(f"row {ref!r} holds no token that is not padding")
             yield {"input_ids": row_ids[is_real], "labels": row_labels[is_real], "ref": str(ref)}
             count += 1
 

@@ -124,8 +124,9 @@ def test_padding_on_either_side_is_left_out() -> None:
         ({"input_ids": [1, 2], "attention_mask": [1]}, "share a shape"),
         (
             {"input_ids": [1, 2], "attention_mask": [0, 0], "ref": "set:3"},
-            "row 'set:3' is nothing but padding",
+            "row 'set:3' holds no token that is not padding",
         ),
+        ({"input_ids": []}, "row ':0' holds no token that is not padding"),
     ],
 )
 def test_a_bad_data_set_item_is_refused(item: Any, said: str) -> None:

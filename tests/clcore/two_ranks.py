@@ -51,6 +51,7 @@ def two_tasks(folder: Path) -> dict[str, Any]:
             memory=session,
             on_step=lambda report: losses.append(report.loss),
         )
+        assert session.is_committed  # on every rank, or the next task would be refused on one of them only
         mixed.append(replay.mixed)
         # The ranks share one store in the service; here rank 1 reads rank 0's snapshot.
         if parallel.rank() == 0:
