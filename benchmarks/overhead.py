@@ -41,7 +41,7 @@ from clcore.strategies.none import NoStrategy
 
 LOG = logging.getLogger("benchmarks.overhead")
 
-NUM_WARMUPS = 2
+NUM_WARMUPS = 1
 FISHER_PAIRS = 5
 PASS_BATCH_ROWS = 8
 
