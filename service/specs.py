@@ -14,6 +14,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    StrictBool,
     StrictFloat,
     StrictInt,
     StringConstraints,
@@ -136,14 +137,28 @@ class TaskSpec(Spec):
 
 
 class EvaluationSpec(Spec):
-    """How tasks are scored after each task."""
+    """How tasks are scored: all of them after each task, and general ability before and after it."""
 
-    metric: Literal["exact_match"] = "exact_match"
+    metric: Literal["exact_match", "token_f1", "rouge_l", "likelihood", "perplexity"] = "exact_match"
     max_rows: StrictInt | None = Field(None, ge=1)
     """Score the first rows only; None scores all."""
     batch_size: StrictInt = Field(16, ge=1, le=4096)
     max_new_tokens: StrictInt | None = Field(None, ge=1, le=4096)
     """None takes the longest reference answer plus its end token."""
+    general: Literal["default"] | DatasetId | None = "default"
+    """What general ability is measured on, by perplexity: "default" is a text set that comes with the project,
+    a data set's id takes your own rows, None measures nothing."""
+    curve_points: StrictInt = Field(0, ge=0, le=100)
+    """How often the tasks are scored while a task trains, evenly spread over its steps; 0 never does."""
+    curve_rows: StrictInt = Field(32, ge=1)
+    """Rows of each task that a point of such a curve scores."""
+
+
+class LoggingSpec(Spec):
+    """What a job writes beside its events."""
+
+    tensorboard: StrictBool = False
+    """Write TensorBoard event files under runs/<run>/a<n>/tensorboard in storage."""
 
 
 class PromotionSpec(Spec):
@@ -172,6 +187,7 @@ class JobSpec(Spec):
     training: TrainingSpec = TrainingSpec()
     evaluation: EvaluationSpec = EvaluationSpec()
     promotion: PromotionSpec = PromotionSpec()
+    logging: LoggingSpec = LoggingSpec()
     labels: dict[str, str] = Field(default_factory=dict, max_length=64)
 
     @field_validator("strategy", mode="before")
@@ -242,6 +258,9 @@ class RunPlan(Spec):
     """Tasks of the job that earlier runs committed: evaluated again, never trained again."""
     training: TrainingSpec
     evaluation: EvaluationSpec
+    general_dataset: PlannedDataset | None = None
+    """The rows of evaluation.general where that is a data set's id."""
+    logging: LoggingSpec = LoggingSpec()
     parent: ParentVersion | None = None
 
     @property

@@ -3,7 +3,8 @@
 A task directory runs/<run>/a<n>/tasks/<i>/ holds
     adapter/        adapter_config.json, adapter_model.safetensors      (PEFT's format)
     state/          memory/ (replay references, Fisher ...), strategy.*  (what the next task needs)
-    predictions/    <task>.jsonl: prompt, answer, reference, score for every evaluated row
+    predictions/    <task>.jsonl: row, answer, reference and score of every evaluated row; before/<task>.jsonl
+                    the same before training; general.jsonl and before/general.jsonl
     manifest.json   this file, last
 """
 
@@ -24,6 +25,30 @@ class ManifestFile(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     bytes: int
     sha256: str
+
+
+class GeneralScores(BaseModel):
+    """General ability around one task: 1 / perplexity on the general set, in 0..1; higher is better."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    dataset: str
+    """"default" or a data set's id."""
+    sha256: str
+    num_rows: int
+    base: float
+    """Of the base model without an adapter."""
+    before: float
+    """Right before the task was trained."""
+    after: float
+
+
+class CurvePoint(BaseModel):
+    """Scores in the middle of a task's training, on the first rows of each task."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    step: int
+    """Optimizer steps of this task so far; 0 is before its training."""
+    scores: dict[str, float]
 
 
 class Manifest(BaseModel):
@@ -53,7 +78,13 @@ class Manifest(BaseModel):
     """The row of the accuracy matrix: task name -> score in 0..1 after this task."""
     base_scores: dict[str, float]
     """Scores of the untrained model for tasks that were measured here for the first time."""
+    before_scores: dict[str, float] = {}
+    """Scores right before this task was trained, of tasks that no earlier version has scored."""
     num_eval_rows: dict[str, int]
+    evaluation: dict[str, Any] = {}
+    """The job's EvaluationSpec: metric, rows, decoding."""
+    general: GeneralScores | None = None
+    curve: list[CurvePoint] = []
     training: dict[str, float]
     """num_steps, label_tokens, total_tokens, replay_tokens, final_loss, train_s, strategy_s, evaluate_s."""
     environment: dict[str, str]
