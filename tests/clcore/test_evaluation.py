@@ -120,7 +120,9 @@ def test_evaluation_reports_progress_and_leaves_the_mode_as_it_was(trained: Any,
     model.train()
     done: list[int] = []
     scores_of(model, tokenizer, rows[:5], batch_size=2, on_batch=done.append)
-    assert done == [2, 4, 5]
+    assert len(done) == 3
+    assert done[-1] == 5
+    assert all(1 <= after - before <= 2 for before, after in zip([0, *done], done, strict=False))
     assert model.training
     model.eval()
     scores_of(model, tokenizer, rows[:1])
