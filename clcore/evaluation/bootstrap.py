@@ -29,6 +29,13 @@ def mean(samples: np.ndarray) -> np.ndarray:
     return means
 
 
+def inverse_perplexity(samples: np.ndarray) -> np.ndarray:
+    """Return 1/perplexity of samples (S, N, 2) of (nll, tokens), (S,)."""
+    totals = samples.sum(axis=1)
+    inverse: np.ndarray = np.exp(-totals[:, 0] / totals[:, 1])
+    return inverse
+
+
 def interval(
     values: Sequence[float] | np.ndarray,
     statistic: Statistic = mean,

@@ -86,7 +86,7 @@ class Evaluation:
 def row_values(metric: str, rows: Sequence[RowScore]) -> tuple[np.ndarray, bootstrap.Statistic]:
     """Return an array over rows and the statistic whose value on it is the score of the set."""
     if metric == "perplexity":
-        return np.array([[row.nll, row.num_tokens] for row in rows], dtype=float), inverse_perplexity
+        return np.array([[row.nll, row.num_tokens] for row in rows], dtype=float), bootstrap.inverse_perplexity
     return np.array([row.score for row in rows], dtype=float), bootstrap.mean
 
 
@@ -99,13 +99,6 @@ def set_score(metric: str, rows: Sequence[RowScore]) -> float:
         raise DataError("no rows, no score")
     values, statistic = row_values(metric, rows)
     return float(statistic(values[None])[0])
-
-
-def inverse_perplexity(samples: np.ndarray) -> np.ndarray:
-    """Return 1/perplexity of samples (S, N, 2) of (nll, tokens), (S,)."""
-    totals = samples.sum(axis=1)
-    inverse: np.ndarray = np.exp(-totals[:, 0] / totals[:, 1])
-    return inverse
 
 
 def evaluate(
