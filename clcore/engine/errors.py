@@ -8,6 +8,7 @@ ClError
 ├── StrategyError (RuntimeError)    a hook was called in the wrong order or not at all
 ├── TrainingDivergedError (RuntimeError)  the loss is no longer a finite number
 ├── BackendError (RuntimeError)     a parallel backend is unknown or cannot do this
+├── ExportError (RuntimeError)      a figure cannot be drawn as an image here
 └── StateError (RuntimeError)       stored state does not fit: schema, adapter generation, checksum
     └── StaleVersionError           a write was based on a version that is no longer the newest
 
@@ -47,6 +48,10 @@ class TrainingDivergedError(ClError, RuntimeError):
 
 class BackendError(ClError, RuntimeError):
     """A parallel backend is unknown or cannot do what was asked."""
+
+
+class ExportError(ClError, RuntimeError):
+    """A figure cannot be drawn as an image here."""
 
 
 class StateError(ClError, RuntimeError):

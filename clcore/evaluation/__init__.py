@@ -9,12 +9,37 @@ import importlib
 from typing import Any
 
 _MODULES = {
+    "GateCheck": "eval_visualization",
+    "VisualizationTools": "eval_visualization",
+    "accuracy_matrix_figure": "eval_visualization",
+    "adapter_embedding_figure": "eval_visualization",
+    "adapter_ranks_figure": "eval_visualization",
     "average_accuracy": "scalars",
     "backward_transfer": "scalars",
+    "backward_transfer_figure": "eval_visualization",
+    "cost_figure": "eval_visualization",
+    "create_visualization_dashboard": "eval_visualization",
+    "dashboard_html": "eval_visualization",
     "forgetting": "scalars",
+    "forgetting_curves_figure": "eval_visualization",
     "forward_transfer": "scalars",
+    "gate_decisions_figure": "eval_visualization",
+    "general_ability_figure": "eval_visualization",
+    "image_bytes": "eval_visualization",
     "learning_accuracy": "scalars",
+    "learning_curves_figure": "eval_visualization",
+    "mask_capacity_figure": "eval_visualization",
+    "mask_overlap_figure": "eval_visualization",
     "matrix_scalars": "scalars",
+    "orthogonality_figure": "eval_visualization",
+    "parameter_changes_figure": "eval_visualization",
+    "parameter_importance_figure": "eval_visualization",
+    "replay_composition_figure": "eval_visualization",
+    "similarity_figure": "eval_visualization",
+    "task_trajectory_figure": "eval_visualization",
+    "training_curves_figure": "eval_visualization",
+    "write_image": "eval_visualization",
+    "write_images": "eval_visualization",
 }
 """Public name -> the module of this package that defines it."""
 
