@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from clcore.engine.errors import BackendError, ConfigError, DataError
@@ -32,6 +33,25 @@ def eval_mode(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes:
             module.training = mode
+
+
+@contextmanager
+def without_adapters(model: nn.Module) -> Iterator[None]:
+    """Compute with the base model of a PEFT model inside the block; any other model stays what it is.
+
+    What trains and what does not is the same after it: PEFT itself would make every adapter trainable.
+    """
+    inner = unwrapped(model)
+    if not isinstance(inner, PeftModel):
+        yield
+        return
+    flags = [(p, p.requires_grad) for p in inner.parameters()]
+    try:
+        with inner.disable_adapter():
+            yield
+    finally:
+        for parameter, is_trained in flags:
+            parameter.requires_grad_(is_trained)
 
 
 def batches_of(
