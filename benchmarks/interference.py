@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.stats import spearmanr
+from scipy.stats import rankdata
 from torch import nn
 
 from benchmarks.clbench import TaskRows, read_task, shorten
@@ -136,11 +136,12 @@ def with_baselines(pairs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    """Return Spearman's rank correlation, in -1..1; 0 where one side does not vary."""
-    if len(set(first)) < 2 or len(set(second)) < 2:
-        return 0.0
-    return float(spearmanr(first, second).statistic)
+def rank_correlation(first: Any, second: Any) -> Any:
+    """Return Spearman's rank correlation along the last axis, in -1..1; 0 where one side does not vary."""
+    x, y = (rankdata(side, axis=-1) for side in (first, second))
+    x, y = (side - side.mean(-1, keepdims=True) for side in (x, y))
+    scale = np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+    return np.divide((x * y).sum(-1), scale, out=np.zeros_like(scale), where=scale > 0)
 
 
 def summarise(
@@ -156,17 +157,14 @@ def summarise(
     observed = np.array([pair["observed"] for pair in pairs])
     names = [name for name in (*CANDIDATES, *BASELINES) if all(pair[name] is not None for pair in pairs)]
     values = {name: np.array([pair[name] for pair in pairs]) for name in names}
-    point = {name: rank_correlation(values[name], observed) for name in names}
+    point = {name: float(rank_correlation(values[name], observed)) for name in names}
     chosen = rng.integers(len(pairs), size=(draws, len(pairs)))
-    drawn = {
-        name: np.array([rank_correlation(x[rows], observed[rows]) for rows in chosen])
-        for name, x in values.items()
-    }
-    shuffled = [rng.permutation(observed) for _ in range(draws)]
+    drawn = {name: rank_correlation(x[chosen], observed[chosen]) for name, x in values.items()}
+    shuffled = rng.permuted(np.tile(observed, (draws, 1)), axis=1)
     best = max(BASELINES, key=point.__getitem__)
     found = []
     for name in names:
-        chance = [rank_correlation(values[name], other) for other in shuffled]
+        chance = rank_correlation(np.broadcast_to(values[name], shuffled.shape), shuffled)
         low, high = np.quantile(drawn[name], [0.025, 0.975])
         difference = np.quantile(drawn[name] - drawn[best], [0.025, 0.975])
         found.append(
@@ -175,7 +173,7 @@ def summarise(
                 "spearman": point[name],
                 "low": float(low),
                 "high": float(high),
-                "p": (1 + sum(c >= point[name] for c in chance)) / (1 + draws),
+                "p": float(1 + (chance >= point[name] - 1e-12).sum()) / (1 + draws),
                 "best_baseline": best,
                 "minus_baseline": point[name] - point[best],
                 "minus_baseline_low": float(difference[0]),

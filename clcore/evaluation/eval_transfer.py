@@ -129,6 +129,7 @@ class TransferMetrics:
         """Compare all tasks at the model's present weights, (T, T), cosines in -1..1.
 
         embedding: of the mean over rows of the mean last hidden state over label (or prompt) tokens.
+        Hidden states of all texts have much in common, so compare these cosines with each other, not with 0.
         gradient: of the mean loss gradient on the trainable parameters; None for a task whose gradient is 0.
         """
         if by == "embedding":
