@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from clcore.engine.errors import ConfigError, DataError
 
-Snapshot = Mapping[str, Tensor]
-Update = tuple[Tensor, Tensor] | Tensor
+if TYPE_CHECKING:
+    # Figures are drawn where torch is not loaded, too.
+    from torch import Tensor
+
+Snapshot: TypeAlias = "Mapping[str, Tensor]"
+"""Parameter name -> its value."""
+Update: TypeAlias = "tuple[Tensor, Tensor] | Tensor"
 """B (out, r) and A (r, in) with B A the update, or a plain parameter."""
 Points = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 
@@ -38,7 +42,7 @@ class Embedding:
 
 def updates(snapshot: Snapshot) -> dict[str, Update]:
     """Return a snapshot's updates in float64 by module name, or by parameter name outside pairs."""
-    values = {name: value.detach().to("cpu", torch.float64) for name, value in snapshot.items()}
+    values = {name: value.detach().cpu().double() for name, value in snapshot.items()}
     found: dict[str, Update] = {}
     used = set()
     for name, a in values.items():
@@ -152,8 +156,8 @@ def _tsne(places: Points, seed: int) -> Points:
 
 
 def _inner(left: Update, right: Update, module: str) -> float:
-    if isinstance(left, Tensor) or isinstance(right, Tensor):
-        if not (isinstance(left, Tensor) and isinstance(right, Tensor) and left.shape == right.shape):
+    if not isinstance(left, tuple) or not isinstance(right, tuple):
+        if isinstance(left, tuple) or isinstance(right, tuple) or left.shape != right.shape:
             raise DataError(f"parameter {module!r} does not have the same shape in all snapshots")
         return float((left * right).sum())
     (left_b, left_a), (right_b, right_a) = left, right
