@@ -60,10 +60,12 @@ def updates(snapshot: Snapshot) -> dict[str, Update]:
 def inner_products(snapshots: Sequence[Snapshot]) -> dict[str, Points]:
     """Return per module the inner products of all snapshots' updates, (n, n), float64.
 
-    Raises DataError if snapshots hold different modules, or a plain parameter changes its shape.
+    Raises DataError if snapshots hold no or different modules, or a plain parameter changes its shape.
     """
     all_updates = [updates(snapshot) for snapshot in snapshots]
     modules = list(all_updates[0]) if all_updates else []
+    if not modules:
+        raise DataError("snapshots hold no parameters")
     for i, found in enumerate(all_updates):
         if set(found) != set(modules):
             other = sorted(set(found) ^ set(modules))[0]

@@ -31,7 +31,7 @@ def test_thirty_categories_all_look_different() -> None:
 
 
 def test_the_colours_are_those_of_okabe_and_ito_without_the_one_that_fades_on_white() -> None:
-    okabe_ito = "#000000 #E69F00 #56B4E9 #009E73 #F0E442 #0072B2 #D55E00 #CC79A7".split()
+    okabe_ito = ["#000000", "#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
     assert set(style.COLOURS) == set(okabe_ito) - {"#F0E442"}
     assert luminance(rgb("#F0E442")) > max(luminance(rgb(colour)) for colour in style.COLOURS)
 
@@ -95,7 +95,15 @@ def test_long_titles_are_wrapped_and_get_room() -> None:
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(None, ""), (0.0, "0"), (0.034, "0.034"), (1.0, "1"), (123.4, "123"), (0.000012, "1.2e-5"), (2e7, "2.0e7")],
+    [
+        (None, ""),
+        (0.0, "0"),
+        (0.034, "0.034"),
+        (1.0, "1"),
+        (123.4, "123"),
+        (0.000012, "1.2e-5"),
+        (2e7, "2.0e7"),
+    ],
 )
 def test_text_of_an_amount_is_short(value: float | None, text: str) -> None:
     assert style.significant_text(value) == text
