@@ -59,13 +59,15 @@ def cost_figure(costs: Mapping[str, Mapping[str, float | None]], *, title: str |
                 hovertemplate=f"%{{customdata}}<br>{label}: %{{x:.3g}} {unit}<extra></extra>",
             )
         )
+    room = 1.12
     for i, total in enumerate(totals):
         missing = any(seconds[part][i] is None for part in parts)
+        room = 1.4 if missing else room
         text = f" {total / scale:.3g} {unit}{' (part missing)' if missing else ''}"
         figure.add_annotation(x=total / scale, y=i, text=text, showarrow=False, xanchor="left")
     figure.update_layout(barmode="stack")
     figure.update_xaxes(
-        title_text=f"wall time ({unit})", range=[0, upper_limit(totals) / scale * 1.12], zeroline=False
+        title_text=f"wall time ({unit})", range=[0, upper_limit(totals) / scale * room], zeroline=False
     )
     figure.update_yaxes(title_text="task", **row_axis(tasks))
     return finish(
