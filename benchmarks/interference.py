@@ -2,8 +2,9 @@
 
 For each of the 12 ordered pairs of four tasks: train the first, predict what the second will do to it, train
 the second, and observe how much the first task's loss rose on test rows. The prediction sees stored training
-rows of the first task and training rows of the second. The predictor was chosen on tiny models beforehand;
-all other candidates are in the report.
+rows of the first task and training rows of the second. The predictor, the measured lookahead, was fixed
+before the first run, by reasoning and on tiny models; the other candidates are reported beside it, and which
+of them is best is known only afterwards.
 """
 
 from __future__ import annotations
@@ -151,7 +152,7 @@ def summarise(
 
     low, high: 95 % percentile bootstrap over pairs (they share tasks, so the truth is wider). p: share of
     permutations of the observed values with a correlation at least as high. minus_baseline: difference to
-    the better baseline, with its interval from the same draws.
+    the baseline that turned out better, with its interval from the same draws.
     """
     rng = np.random.default_rng(seed)
     observed = np.array([pair["observed"] for pair in pairs])
