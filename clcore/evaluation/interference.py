@@ -102,10 +102,10 @@ def predict_interference(
 ) -> dict[str, Interference]:
     """Estimate how training on new_dataset changes the loss of earlier tasks; worst first. Experimental.
 
-    It did not predict on a real model: over the 12 pairs of benchmarks/interference.py (SmolLM2-135M, 30 steps
-    of 4 rows, rises of -0.13 to 0.38 nats) the rank correlation of predicted and observed rise was -0.21, 95 %
-    interval -0.69 to 0.44, while the mean rise of the same old task in the other pairs had 0.56. Do not gate
-    on it; measure with ForgettingMetrics.
+    It did not predict on a real model: over the 12 pairs of benchmarks/interference.py (SmolLM2-135M, 30
+    steps of 4 rows, rises of -0.13 to 0.38 nats) the rank correlation of predicted and observed rise was
+    -0.21, 95 % interval -0.69 to 0.44, while the mean rise of the same old task in the other pairs had 0.56.
+    Do not gate on it; measure with ForgettingMetrics.
 
     old_tasks: a few stored rows of each, or its TaskRecord, with rows or without. learning_rate, batch_size
     and pad_token_id are those of the training to come. The model must hold what the earlier tasks taught;

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any
 
 from clcore.engine.errors import ConfigError, DataError
@@ -103,7 +103,7 @@ def evaluation_part(dataset: Any, part: str = "eval") -> Any:
 
 def count_rows(dataset: Iterable[Any]) -> int | None:
     """Return the length of a data set, or None if it has none."""
-    return len(dataset) if isinstance(dataset, Sequence) or hasattr(dataset, "__len__") else None
+    return len(dataset) if isinstance(dataset, Sized) else None
 
 
 def _named(result: Mapping[str, Any], metric_name: str) -> Any:
