@@ -263,6 +263,34 @@ def matrix(job: Annotated[str, typer.Argument(metavar="JOB")]) -> None:
 
 
 @app.command(rich_help_panel=JOBS)
+def report(
+    job: Annotated[str, typer.Argument(metavar="JOB")],
+    output: Annotated[
+        Path | None,
+        typer.Option(
+            "--output", "-o", help="File ending in .html, .md or .json; without it Markdown is printed."
+        ),
+    ] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Id of a job to compare with, such as one with strategy none.")
+    ] = None,
+) -> None:
+    """Write what a job learnt and forgot: scores, curves, costs, data, configuration, lineage."""
+    formats = {".html": "html", ".md": "md", ".json": "json"}
+    if output is not None and output.suffix not in formats:
+        fail(f"a report's file ends in {', '.join(formats)}; got {str(output)!r}")
+    if output is not None and not output.absolute().parent.is_dir():
+        fail(f"there is no folder {output.absolute().parent}")
+    with connect() as client:
+        text = client.report(job, format=formats[output.suffix] if output else "md", baseline=baseline)
+    if output is None:
+        sys.stdout.write(text)
+        return
+    output.write_text(text, encoding="utf-8")
+    out.print(f"the report of {job} is in {output}", soft_wrap=True)
+
+
+@app.command(rich_help_panel=JOBS)
 def cancel(job: Annotated[str, typer.Argument(metavar="JOB")]) -> None:
     """Stop a job at its next step; finished tasks stay."""
     with connect() as client:

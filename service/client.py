@@ -116,6 +116,11 @@ class Client:
         """Return the accuracy matrix with average accuracy, forgetting, BWT and FWT."""
         return self._call("GET", f"/v1/jobs/{_part(job_id)}/eval-matrix")
 
+    def report(self, job_id: str, *, format: str = "html", baseline: str | None = None) -> str:
+        """Return a job's report as "html", "md" or "json"; baseline: the id of a job to compare with."""
+        params = {"format": format, **({"baseline": baseline} if baseline else {})}
+        return self._request("GET", f"/v1/jobs/{_part(job_id)}/report", params=params).text
+
     def events(self, job_id: str, *, after: int = 0) -> Iterator[JobEvent]:
         """Follow a job until its terminal event. A cut connection is taken up where it broke."""
         last = after
@@ -164,6 +169,11 @@ class Client:
         return self._call("GET", "/readyz")
 
     def _call(self, method: str, path: str, **options: Any) -> Json:
+        answer = self._request(method, path, **options)
+        found: Json = answer.json() if answer.content else {}
+        return found
+
+    def _request(self, method: str, path: str, **options: Any) -> httpx.Response:
         try:
             answer = self._http.request(method, path, **options)
         except httpx.TransportError as error:
@@ -172,8 +182,7 @@ class Client:
             ) from error
         if not answer.is_success:
             raise _refusal(answer)
-        found: Json = answer.json() if answer.content else {}
-        return found
+        return answer
 
 
 def _part(text: str) -> str:

@@ -133,6 +133,7 @@ def plan_run(
     tasks: Sequence[PlannedTask],
     earlier_tasks: Sequence[PlannedTask],
     parent: ParentVersion | None,
+    general_dataset: PlannedDataset | None = None,
 ) -> RunPlan:
     """Put together everything that one run does; the spec's strategies are resolved already."""
     return RunPlan(
@@ -147,6 +148,8 @@ def plan_run(
         earlier_tasks=tuple(earlier_tasks),
         training=spec.training,
         evaluation=spec.evaluation,
+        general_dataset=general_dataset,
+        logging=spec.logging,
         parent=parent,
     )
 

@@ -149,14 +149,20 @@ class Reconciler:
             parent = None
             if newest is not None:
                 parent = ParentVersion(version=newest.version, task_dir=newest.task_dir)
+            spec = JobSpec.model_validate(job.spec)
+            general = spec.evaluation.general
+            own_set = None
+            if general is not None and general != "default":
+                own_set = repository.planned_dataset(session, general)
             plan = plan_run(
-                JobSpec.model_validate(job.spec),
+                spec,
                 run_id=run_id,
                 job_id=job.id,
                 base_model_path=job.base_model_path,
                 tasks=[PlannedTask.model_validate(task.planned) for task in tasks if task.run_id == run_id],
                 earlier_tasks=[PlannedTask.model_validate(task.planned) for task in earlier],
                 parent=parent,
+                general_dataset=own_set,
             )
         self._storage.write_json(plan_key(run_id), plan.model_dump(mode="json"))
 

@@ -142,7 +142,9 @@ def _step_text(data: Mapping[str, Any]) -> str:
 
 def _evaluated_text(data: Mapping[str, Any]) -> str:
     scores = "  ".join(f"{escape(name)} {score:.2f}" for name, score in data["scores"].items())
-    return f"trained {escape(data['task'])}; scores now: {scores}"
+    general = data.get("general")
+    change = f"; general ability {100 * (general['after'] / general['base'] - 1):+.1f} %" if general else ""
+    return f"trained {escape(data['task'])}; scores now: {scores}{change}"
 
 
 def _event_lines(event: JobEvent) -> list[str]:
@@ -181,8 +183,13 @@ def scalars_table(matrices: Mapping[str, Mapping[str, Any]]) -> Table:
         table.add_column(name, justify="right")
     table.add_column("", style="dim")
     for key, words, note in SCALARS:
-        table.add_row(words, *(_score(matrix.get(key)) for matrix in matrices.values()), note)
+        table.add_row(words, *(_with_interval(matrix, key) for matrix in matrices.values()), note)
     return table
+
+
+def _with_interval(matrix: Mapping[str, Any], key: str) -> str:
+    interval = matrix.get("intervals_95", {}).get(key)
+    return _score(matrix.get(key)) + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
 def _score(value: float | None) -> str:

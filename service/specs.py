@@ -146,8 +146,8 @@ class EvaluationSpec(Spec):
     max_new_tokens: StrictInt | None = Field(None, ge=1, le=4096)
     """None takes the longest reference answer plus its end token."""
     general: Literal["default"] | DatasetId | None = "default"
-    """What general ability is measured on, by perplexity: "default" is a text set that comes with the project,
-    a data set's id takes your own rows, None measures nothing."""
+    """What general ability is measured on, by perplexity: "default" is a set of texts that comes with the
+    project, a data set's id takes your own rows, None measures nothing."""
     curve_points: StrictInt = Field(0, ge=0, le=100)
     """How often the tasks are scored while a task trains, evenly spread over its steps; 0 never does."""
     curve_rows: StrictInt = Field(32, ge=1)

@@ -123,6 +123,7 @@ def fit_task(
     reproducible. A strategy that owns the adapter's structure leaves one plain adapter behind; stopped in the
     middle of a task it leaves the model as it is; resume takes the model as it was when the task started,
     not the half-trained one. Callbacks see the model in training: its base weights may hold earlier pairs.
+    What on_step takes is not counted as training time.
 
     Raises DataError for an empty data set or a row without labels, StateError for a session that another
     task has committed and for a resume from another model than the task started with, TrainingDivergedError
@@ -193,7 +194,9 @@ def fit_task(
 
             num_new, num_all = (sum(len(e["input_ids"]) for e in part) for part in (rows, mixed))
             totals += (label_tokens, num_all, num_all - num_new)
-            on_step(clock.report(step, first_step, config.num_steps, loss, learning_rate, num_all))
+            report = clock.report(step, first_step, config.num_steps, loss, learning_rate, num_all)
+            with clock.stopped():  # a caller may score tasks here
+                on_step(report)
             due = config.checkpoint_every_steps and (step + 1) % config.checkpoint_every_steps == 0
             if due and step + 1 < config.num_steps:
                 on_checkpoint(_training_state(step + 1, start, params, optimizer, strategy))
@@ -324,7 +327,7 @@ def _restore(state: Mapping[str, Any], params: Params, optimizer: torch.optim.Op
 
 
 class _Clock:
-    """Seconds since the start, and how many of them went into strategy hooks."""
+    """Seconds of training since the start, and how many of them went into strategy hooks."""
 
     def __init__(self) -> None:
         self.start = self.last = time.perf_counter()
@@ -335,6 +338,14 @@ class _Clock:
         start = time.perf_counter()
         yield
         self.strategy_s += time.perf_counter() - start
+
+    @contextmanager
+    def stopped(self) -> Any:
+        """Leave out what happens inside."""
+        start = time.perf_counter()
+        yield
+        gone_s = time.perf_counter() - start
+        self.start, self.last = self.start + gone_s, self.last + gone_s
 
     @property
     def total_s(self) -> float:

@@ -70,15 +70,17 @@ for (const picture of JSON.parse(document.getElementById("figures").textContent)
 def dashboard_html(sections: Sequence[Section], *, title: str) -> str:
     """Return one self-contained HTML page.
 
-    sections: (heading, text, figure or None). title and heading are plain text and are escaped here; text is
-    HTML and stands as it is: who writes it escapes what came from others (html.escape). A figure's title
-    and the line below become the caption of its picture. Tables in text get their look here; put a wide one
-    into <div class="wide">, which scrolls.
+    sections: (heading, text, figure or None); without a heading a section goes on with the one before. title
+    and heading are plain text and are escaped here; text is HTML and stands as it is: who writes it escapes
+    what came from others (html.escape). A figure's title and the line below become the caption of its
+    picture. Tables in text get their look here; put a wide one into <div class="wide">, which scrolls.
     """
     links, bodies, pictures = [], [], []
     for i, (heading, text, figure) in enumerate(sections, start=1):
-        links.append(f'<li><a href="#section-{i}">{html.escape(heading)}</a></li>')
-        parts = [f'<section id="section-{i}">', f"<h2>{html.escape(heading)}</h2>", text]
+        parts = [f'<section id="section-{i}">', text]
+        if heading:
+            links.append(f'<li><a href="#section-{i}">{html.escape(heading)}</a></li>')
+            parts.insert(1, f"<h2>{html.escape(heading)}</h2>")
         if figure is not None:
             caption, picture = _picture(figure, f"figure-{i}", heading)
             parts.append(

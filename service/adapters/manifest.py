@@ -3,8 +3,9 @@
 A task directory runs/<run>/a<n>/tasks/<i>/ holds
     adapter/        adapter_config.json, adapter_model.safetensors      (PEFT's format)
     state/          memory/ (replay references, Fisher ...), strategy.*  (what the next task needs)
-    predictions/    <task>.jsonl: row, answer, reference and score of every evaluated row; before/<task>.jsonl
-                    the same before training; general.jsonl and before/general.jsonl
+    predictions/    <task>.jsonl: row, answer, reference and score of every evaluated row, after the task;
+                    base/<task>.jsonl by the base model, before/<task>.jsonl before the task was trained;
+                    general/base.jsonl, before.jsonl, after.jsonl: general ability around the task
     manifest.json   this file, last
 """
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from service.specs import BaseModelSpec
 
 MANIFEST_NAME = "manifest.json"
+PREDICTIONS = "predictions"
 
 
 class ManifestFile(BaseModel):
@@ -85,7 +87,7 @@ class Manifest(BaseModel):
     """The job's EvaluationSpec: metric, rows, decoding."""
     general: GeneralScores | None = None
     curve: list[CurvePoint] = []
-    training: dict[str, float]
+    training: dict[str, float | None]
     """num_steps, label_tokens, total_tokens, replay_tokens, final_loss, train_s, strategy_s, evaluate_s."""
     environment: dict[str, str]
     """Package versions, CPU model, threads: bit-equality holds for equal values only."""

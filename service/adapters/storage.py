@@ -1,9 +1,11 @@
 """The storage layout, in one place, over any fsspec file system.
 
 datasets/<dataset>/rows.jsonl
+outputs/<dataset>/<key>/<segment>       what models answered to its rows; <key> hashes model and settings
 runs/<run>/plan.json                    the RunPlan, written by the control plane before the first attempt
 runs/<run>/desired.json                 {"state": "running" | "cancelled"}, written by the control plane
 runs/<run>/a<n>/events/<seq>.jsonl      immutable segments; <seq> is the first sequence number, 12 digits
+runs/<run>/a<n>/tensorboard/            TensorBoard event files, where the job asks for them
 runs/<run>/a<n>/outcome.json            {"state", "reason", "message"}: how the driver ended
 runs/<run>/a<n>/worker_outcome.json     the same, as the workers saw it
 runs/<run>/a<n>/tasks/<i>/              one trained task, complete once manifest.json is there
@@ -116,6 +118,11 @@ def dataset_key(dataset_id: str) -> str:
     return f"datasets/{dataset_id}/rows.jsonl"
 
 
+def outputs_key(dataset_id: str) -> str:
+    """Folder of what models answered to the rows of a data set."""
+    return f"outputs/{dataset_id}"
+
+
 def plan_key(run_id: str) -> str:
     """The RunPlan of a run."""
     return f"runs/{run_id}/plan.json"
@@ -134,6 +141,11 @@ def attempt_key(run_id: str, attempt: int) -> str:
 def events_key(run_id: str, attempt: int) -> str:
     """Folder of an attempt's event segments."""
     return f"{attempt_key(run_id, attempt)}/events"
+
+
+def tensorboard_key(run_id: str, attempt: int) -> str:
+    """Folder of an attempt's TensorBoard files."""
+    return f"{attempt_key(run_id, attempt)}/tensorboard"
 
 
 def outcome_key(run_id: str, attempt: int) -> str:

@@ -23,6 +23,7 @@ from service.api import (
     routes_events,
     routes_health,
     routes_jobs,
+    routes_results,
 )
 from service.api.problems import add_problem_handlers
 from service.db.session import Sessions
@@ -70,6 +71,7 @@ def create_app(
         routes_health,
         routes_datasets,
         routes_jobs,
+        routes_results,
         routes_events,
         routes_adapters,
         routes_catalogue,

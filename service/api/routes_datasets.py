@@ -9,11 +9,12 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request
 from sqlalchemy import or_, select
 
+from service.adapters.storage import outputs_key
 from service.api.deps import ReadSession, SessionsDep, SettingsDep, StorageDep
 from service.api.views import DatasetView, Page
 from service.datasets import drain, store_rows
 from service.db.session import Sessions
-from service.db.tables import Dataset, Task
+from service.db.tables import Dataset, Job, Task
 from service.errors import Conflict, TooLarge, WrongType
 from service.ids import new_id
 from service.jobs.repository import get_dataset
@@ -99,11 +100,13 @@ def delete_dataset(dataset_id: str, sessions: SessionsDep, storage: StorageDep) 
         uses = (
             select(Task.job_id).where(or_(Task.dataset_id == row.id, Task.eval_dataset_id == row.id)).limit(1)
         )
-        job_id = session.scalar(uses)
+        general = select(Job.id).where(Job.spec["evaluation"]["general"].as_string() == row.id).limit(1)
+        job_id = session.scalar(uses) or session.scalar(general)
         if job_id is not None:
             raise Conflict(f"data set {dataset_id} is used by job {job_id}", code="dataset_in_use")
         session.delete(row)
     storage.delete(f"datasets/{dataset_id}")
+    storage.delete(outputs_key(dataset_id))
 
 
 def _add(sessions: Sessions, row: Dataset) -> None:

@@ -1,4 +1,4 @@
-"""Jobs: submit, plan, list, show, append, cancel, retry; their runs, attempts, logs and accuracy matrix."""
+"""Jobs: submit, plan, list, show, append, cancel, retry; their runs, attempts and logs."""
 
 from __future__ import annotations
 
@@ -11,20 +11,17 @@ from pydantic import Field, ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from clcore.evaluation import matrix_scalars
-from service.adapters.registry import versions_of
-from service.adapters.storage import dataset_key
 from service.api.deps import ReadSession, ReconcilerDep, RunnerDep, SessionsDep, SettingsDep
 from service.api.problems import invalid_from
-from service.api.views import AttemptView, EvalMatrix, JobSummary, JobView, Page, RunView, job_view, task_view
+from service.api.views import AttemptView, JobSummary, JobView, Page, RunView, job_view, task_view
 from service.basemodels import find_base_model
 from service.db.tables import Dataset, Job
-from service.errors import Invalid, NotFound, Unavailable
+from service.errors import Invalid, NotFound, Problem, Unavailable
 from service.jobs import repository
 from service.jobs.runner import RunnerUnreachable
 from service.jobs.states import RunState
 from service.planner import KnownDataset, check_training, plan_tasks, resolve_strategies
-from service.specs import JobSpec, PlannedDataset, PlannedTask, Spec, TaskSpec
+from service.specs import JobSpec, PlannedTask, Spec, TaskSpec
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
@@ -176,42 +173,6 @@ def logs(job_id: str, sessions: SessionsDep, runner: RunnerDep) -> str:
     return text
 
 
-@router.get("/jobs/{job_id}/eval-matrix")
-def eval_matrix(job_id: str, session: ReadSession) -> EvalMatrix:
-    """Show every score that was measured; the scalars cover the committed tasks."""
-    job = repository.get_job(session, job_id)
-    names = [task.name for task in repository.tasks_of(session, job_id)]
-    versions = versions_of(session, job.adapter)
-    rows = {row.task_name: row for row in versions}
-    base: dict[str, float] = {}
-    for row in versions:
-        base.update(row.manifest["base_scores"])
-    matrix: list[list[float | None]] = [
-        [rows[after].manifest["scores"].get(name) if after in rows else None for name in names]
-        for after in names
-    ]
-    num_committed = len(versions)
-    base_scores = [base.get(name) for name in names]
-    scalars: dict[str, float | None] = {}
-    if num_committed:
-        scalars = matrix_scalars(
-            [row[:num_committed] for row in matrix[:num_committed]], base_scores[:num_committed]
-        )
-    return EvalMatrix(
-        job_id=job.id,
-        adapter=job.adapter,
-        tasks=names,
-        matrix=matrix,
-        versions=[rows[name].version if name in rows else None for name in names],
-        base_scores=base_scores,
-        average_accuracy=scalars.get("average_accuracy"),
-        forgetting=scalars.get("forgetting"),
-        bwt=scalars.get("bwt"),
-        fwt=scalars.get("fwt"),
-        learning_accuracy=scalars.get("learning_accuracy"),
-    )
-
-
 def _resolve(spec: JobSpec, settings: SettingsDep) -> tuple[JobSpec, str]:
     check_training(spec.training)
     strategies = resolve_strategies(spec.strategy)
@@ -225,15 +186,18 @@ def _plan(
     ids = {found for task in tasks for found in (task.dataset, task.eval_dataset) if found is not None}
     rows = session.scalars(select(Dataset).where(Dataset.id.in_(ids)))
     datasets = {
-        row.id: KnownDataset(
-            planned=PlannedDataset(
-                id=row.id, path=dataset_key(row.id), sha256=row.sha256, num_rows=row.num_rows
-            ),
-            format=row.format,
-        )
+        row.id: KnownDataset(planned=repository.planned_dataset(session, row.id), format=row.format)
         for row in rows
     }
+    _check_general(session, spec)
     return plan_tasks(tasks, training=spec.training, datasets=datasets, **options)
+
+
+def _check_general(session: Session, spec: JobSpec) -> None:
+    general = spec.evaluation.general
+    if general not in (None, "default") and session.get(Dataset, general) is None:
+        detail = f"no data set {general!r}; upload one to POST /v1/datasets, or use 'default' or null"
+        raise Invalid(detail, problems=[Problem("/evaluation/general", detail)])
 
 
 def _read_tasks(body: dict[str, Any]) -> tuple[tuple[TaskSpec, ...], bool]:

@@ -7,6 +7,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict
 
+from service.adapters.manifest import Manifest
 from service.db.tables import AdapterVersion, Job, Task
 
 Item = TypeVar("Item")
@@ -136,6 +137,8 @@ class VersionView(View):
     created_at: datetime
     scores: dict[str, float]
     base_scores: dict[str, float]
+    before_scores: dict[str, float]
+    general: dict[str, Any] | None
     training: dict[str, float | None]
     data_format: str
     parent_dir: str | None
@@ -186,6 +189,8 @@ class EvalMatrix(BaseModel):
     bwt: float | None
     fwt: float | None
     learning_accuracy: float | None
+    intervals_95: dict[str, tuple[float, float] | None]
+    """Scalar -> low and high end, from resampling the evaluation rows; null where there are too few."""
 
 
 def task_view(task: Task) -> TaskView:
@@ -202,6 +207,9 @@ def job_view(job: Job, tasks: list[TaskView], runs: list[RunView]) -> JobView:
 
 def version_view(row: AdapterVersion) -> VersionView:
     """Show a version with what its manifest says."""
-    from_manifest = ("scores", "base_scores", "training", "data_format", "parent_dir")
-    shown = {name: getattr(row, name) for name in VersionView.model_fields if name not in from_manifest}
-    return VersionView(**shown, **{name: row.manifest[name] for name in from_manifest})
+    manifest = Manifest.model_validate(row.manifest)
+    from_manifest = ("scores", "base_scores", "before_scores", "training", "data_format", "parent_dir")
+    shown = {name: getattr(manifest, name) for name in from_manifest}
+    shown["general"] = manifest.general and manifest.general.model_dump()
+    own = {name: getattr(row, name) for name in VersionView.model_fields if name not in shown}
+    return VersionView(**own, **shown)

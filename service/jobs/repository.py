@@ -8,6 +8,7 @@ from typing import Any
 from sqlalchemy import select
 from sqlalchemy.orm import Session, defer
 
+from service.adapters.storage import dataset_key
 from service.db.tables import Attempt, Dataset, Job, Run, Task, utc_now
 from service.errors import Conflict, NotFound
 from service.ids import new_id
@@ -21,7 +22,7 @@ from service.jobs.states import (
     TaskState,
     check_run_change,
 )
-from service.specs import JobSpec, PlannedTask, TaskSpec
+from service.specs import JobSpec, PlannedDataset, PlannedTask, TaskSpec
 
 CANCELLED_BY_USER = "cancelled by the user"
 
@@ -35,6 +36,12 @@ def get_dataset(session: Session, dataset_id: str) -> Dataset:
     if found is None:
         raise NotFound(f"no data set {dataset_id!r}", code="dataset_not_found")
     return found
+
+
+def planned_dataset(session: Session, dataset_id: str) -> PlannedDataset:
+    """Return a data set as a worker finds it. Raises NotFound."""
+    row = get_dataset(session, dataset_id)
+    return PlannedDataset(id=row.id, path=dataset_key(row.id), sha256=row.sha256, num_rows=row.num_rows)
 
 
 def get_job(session: Session, job_id: str) -> Job:

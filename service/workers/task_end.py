@@ -1,4 +1,4 @@
-"""After a task is trained: score all tasks on all workers, then store the version with its manifest last."""
+"""Around a task's training: what is measured before and after it, and the version, its manifest last."""
 
 from __future__ import annotations
 
@@ -10,124 +10,133 @@ import os
 import platform
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
+from clcore.evaluation.runner import set_score
 
 from clcore.engine import parallel
 from clcore.engine.tasks import DataFormat, row_format
-from clcore.evaluation.exact_match import Answer, exact_match_answers
-from service.adapters.manifest import MANIFEST_NAME, Manifest, ManifestFile
+from service.adapters.manifest import MANIFEST_NAME, PREDICTIONS, CurvePoint, Manifest, ManifestFile
 from service.adapters.storage import task_key
 from service.specs import PlannedTask
 from service.workers.model import save_adapter
 from service.workers.rows import read_rows
+from service.workers.scoring import Scored, curve_point, general_scores, score_general, score_task
 
 if TYPE_CHECKING:
     from service.workers.train_loop import Worker
 
 
 @dataclasses.dataclass
-class Scores:
-    """One row of the accuracy matrix and what stands behind it. Filled on every worker; answers on rank 0."""
+class BeforeTask:
+    """What was measured before a task was trained: rows on rank 0, empty on other workers."""
 
-    scores: dict[str, float] = dataclasses.field(default_factory=dict)
-    base_scores: dict[str, float] = dataclasses.field(default_factory=dict)
-    num_rows: dict[str, int] = dataclasses.field(default_factory=dict)
-    answers: dict[str, list[Answer]] = dataclasses.field(default_factory=dict)
+    base: dict[str, Scored] = dataclasses.field(default_factory=dict)
+    """The tasks that this run brings, answered by the base model without the adapter."""
+    before: dict[str, Scored] = dataclasses.field(default_factory=dict)
+    """The task, if no earlier version has answered it, answered by the version that training starts from."""
+    general_base: Scored = ()
+    general: Scored = ()
+    curve: list[CurvePoint] = dataclasses.field(default_factory=list)
+    """The point at step 0, where the job asks for curves."""
+    seconds: float = 0.0
+
+
+def measure_before(worker: Worker, task: PlannedTask) -> BeforeTask:
+    """Measure on all workers what cannot be known after training. Raises CancelledRun."""
+    start = time.perf_counter()
+    found, plan = BeforeTask(), worker.plan
+    is_first = task.index == plan.tasks[0].index
+    if is_first:
+        for other in plan.tasks:
+            worker.stop_if_cancelled()
+            found.base[other.name] = score_task(worker, other, with_adapter=False)
+        if plan.parent is not None:
+            found.before[task.name] = score_task(worker, task)
+    if plan.evaluation.general is not None:
+        worker.stop_if_cancelled()
+        found.general_base = score_general(worker, with_adapter=False)
+        is_untrained = is_first and plan.parent is None  # a fresh adapter changes nothing
+        found.general = found.general_base if is_untrained else score_general(worker)
+    if plan.evaluation.curve_points:
+        found.curve = [curve_point(worker, task, 0, stored=True)]
+    found.seconds = time.perf_counter() - start
+    return found
 
 
 def finish_task(
-    worker: Worker, task: PlannedTask, version: int, parent_dir: str | None, summary: dict[str, float]
+    worker: Worker,
+    task: PlannedTask,
+    version: int,
+    parent_dir: str | None,
+    summary: Mapping[str, float],
+    before: BeforeTask,
+    curve: Sequence[CurvePoint],
 ) -> str:
-    """Evaluate after a task and store it; returns the task's folder on every worker once it is complete.
+    """Score every task of the job and store the version.
 
-    Raises CancelledRun when the run is cancelled between two evaluations.
+    curve: the points inside the task's training. Returns the version's folder on every worker, once it is
+    complete. Raises CancelledRun when the run is cancelled between two evaluations.
     """
     start = time.perf_counter()
-    found = _evaluate_all(worker, task)
-    summary = {**summary, "evaluate_s": time.perf_counter() - start}
-    worker.emit(
-        "task.evaluated",
-        task=task.name,
-        task_index=task.index,
-        scores=found.scores,
-        base_scores=found.base_scores,
-        seconds=summary["evaluate_s"],
-    )
-    key = task_key(worker.plan.run_id, worker.attempt, task.index)
+    plan = worker.plan
+    after: dict[str, Scored] = {}
+    for other in (*plan.earlier_tasks, *plan.tasks):
+        worker.stop_if_cancelled()
+        after[other.name] = score_task(worker, other)
+    general_after = score_general(worker) if plan.evaluation.general is not None else ()
+    if plan.evaluation.curve_points:
+        curve = [*before.curve, *curve, curve_point(worker, task, task.steps, stored=True)]
+    seconds = before.seconds + time.perf_counter() - start
+    key = task_key(plan.run_id, worker.attempt, task.index)
     if parallel.rank() == 0:
-        _store(worker, task, key, version, parent_dir, found, summary)
+        general = general_scores(worker, before.general_base, before.general, general_after)
+        measured: dict[str, Any] = {
+            "scores": _scores(worker, after),
+            "base_scores": _scores(worker, before.base),
+            "before_scores": _scores(worker, before.before),
+            "general": general,
+        }
+        worker.emit(
+            "task.evaluated",
+            task=task.name,
+            task_index=task.index,
+            seconds=seconds,
+            **{**measured, "general": general.model_dump() if general else None},
+        )
+        predictions = {
+            **after,
+            **{f"base/{name}": rows for name, rows in before.base.items()},
+            **{f"before/{name}": rows for name, rows in before.before.items()},
+        }
+        if general:
+            predictions["general/base"] = before.general_base
+            predictions["general/before"] = before.general
+            predictions["general/after"] = general_after
+        _store(
+            worker,
+            task,
+            key,
+            predictions,
+            parent_dir=parent_dir,
+            memory_version=version,
+            num_eval_rows={name: len(rows) for name, rows in after.items()},
+            curve=list(curve),
+            training={**summary, "evaluate_s": seconds},
+            **measured,
+        )
     if parallel.world_size() > 1:
         dist.barrier()
     return key
 
 
-# ------------------------------------------------------------------------------------------------- evaluation
-
-
-def _evaluate_all(worker: Worker, task: PlannedTask) -> Scores:
-    """Score every task of the job; the untrained model only once, after the run's first task."""
-    found = Scores()
-    plan = worker.plan
-    for other in (*plan.earlier_tasks, *plan.tasks):
-        worker.stop_if_cancelled()
-        rows = read_rows(worker.storage, other.eval_dataset)[: plan.evaluation.max_rows]
-        answers = _answer(worker, other, rows, with_adapter=True)
-        found.scores[other.name] = _share_right(answers)
-        found.num_rows[other.name] = len(rows)
-        found.answers[other.name] = _on_rank0(answers)
-        if task.index == plan.tasks[0].index and other in plan.tasks:
-            found.base_scores[other.name] = _share_right(_answer(worker, other, rows, with_adapter=False))
-    return found
-
-
-def _answer(
-    worker: Worker, task: PlannedTask, rows: list[dict[str, Any]], *, with_adapter: bool
-) -> list[Answer]:
-    """Answer this worker's share of a task's rows."""
-    rank, world = parallel.rank(), parallel.world_size()
-
-    def on_batch(done: int) -> None:
-        if with_adapter:
-            done_rows = min(done * world, len(rows))
-            worker.emit(
-                "task.evaluating", flush=False, task=task.name, done_rows=done_rows, num_rows=len(rows)
-            )
-
-    return exact_match_answers(
-        worker.loaded.model,
-        worker.loaded.tokenizer,
-        list(enumerate(rows))[rank::world],
-        max_length=task.training.max_length,
-        batch_size=worker.plan.evaluation.batch_size,
-        max_new_tokens=worker.plan.evaluation.max_new_tokens or _longest_answer(worker, rows),
-        with_adapter=with_adapter,
-        on_batch=on_batch,
-    )
-
-
-def _longest_answer(worker: Worker, rows: list[dict[str, Any]]) -> int:
-    """Tokens of the longest reference over all rows: the limit must not depend on a worker's share."""
-    tokenizer = worker.loaded.tokenizer
-    texts = [row["messages"][-1]["content"] if "messages" in row else row["completion"] for row in rows]
-    return max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts) + 1
-
-
-def _share_right(answers: list[Answer]) -> float:
-    right, count = parallel.sum_over_ranks([sum(answer.score for answer in answers), len(answers)])
-    return right / count
-
-
-def _on_rank0(answers: list[Answer]) -> list[Answer]:
-    if parallel.world_size() == 1:
-        return answers
-    gathered: list[list[Answer]] | None = [[]] * parallel.world_size() if parallel.rank() == 0 else None
-    dist.gather_object(answers, gathered, dst=0)
-    return sorted((a for part in gathered or [] for a in part), key=lambda answer: answer.row)
+def _scores(worker: Worker, answered: Mapping[str, Scored]) -> dict[str, float]:
+    return {name: set_score(worker.plan.evaluation.metric, rows) for name, rows in answered.items()}
 
 
 # ---------------------------------------------------------------------------------------------------- storing
@@ -137,21 +146,21 @@ def _store(
     worker: Worker,
     task: PlannedTask,
     key: str,
-    version: int,
-    parent_dir: str | None,
-    found: Scores,
-    summary: dict[str, float],
+    predictions: Mapping[str, Scored],
+    *,
+    memory_version: int,
+    **fields: Any,
 ) -> None:
     """Write adapter, memory snapshot and answers, then the manifest that makes them a version."""
     plan, storage = worker.plan, worker.storage
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_adapter(worker.loaded.model, folder / "adapter", plan.base_model.id)
-        worker.memory.snapshot(version, folder / "state")
-        (folder / "predictions").mkdir()
-        for task_name, answers in found.answers.items():
-            lines = (json.dumps(dataclasses.asdict(answer)) + "\n" for answer in answers)
-            (folder / "predictions" / f"{task_name}.jsonl").write_text("".join(lines))
+        worker.memory.snapshot(memory_version, folder / "state")
+        for set_name, rows in predictions.items():
+            path = folder / PREDICTIONS / f"{set_name}.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(dataclasses.asdict(row)) + "\n" for row in rows))
         files = {
             path.relative_to(folder).as_posix(): _describe(path)
             for path in sorted(folder.rglob("*"))
@@ -165,7 +174,6 @@ def _store(
         task_index=task.index,
         task_name=task.name,
         adapter=plan.adapter,
-        parent_dir=parent_dir,
         base_model=plan.base_model,
         base_model_path=plan.base_model_path,
         peft=plan.peft.model_dump(mode="json"),
@@ -173,14 +181,12 @@ def _store(
         data_format=_data_format(worker, task),
         files=files,
         dataset_sha256={task.dataset.id: task.dataset.sha256, task.eval_dataset.id: task.eval_dataset.sha256},
-        memory_version=version,
-        scores=found.scores,
-        base_scores=found.base_scores,
-        num_eval_rows=found.num_rows,
-        training=summary,
+        memory_version=memory_version,
+        evaluation=plan.evaluation.model_dump(mode="json"),
         environment=_environment(),
         code_version=importlib.metadata.version("cl-peft"),
         created_at=datetime.now(UTC).isoformat(),
+        **fields,
     )
     storage.write_bytes(f"{key}/{MANIFEST_NAME}", manifest.model_dump_json(indent=1).encode())
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from clcore.engine.params import Params
 from clcore.engine.registry import build_strategy
 from clcore.engine.state import load_state, save_state
 from clcore.engine.strategy import Strategy, compose
+from service.adapters.manifest import CurvePoint
 from service.adapters.storage import Storage, desired_key, plan_key, worker_outcome_key
 from service.memory.client import ActorMemory
 from service.specs import PlannedTask, RunPlan
@@ -35,7 +36,9 @@ from service.workers.events import EventWriter
 from service.workers.model import LoadedModel, load_model
 from service.workers.progress import Progress, checkpoint_name, find_progress
 from service.workers.rows import encode_rows, read_rows
-from service.workers.task_end import finish_task
+from service.workers.scoring import curve_point, curve_steps
+from service.workers.task_end import finish_task, measure_before
+from service.workers.tensorboard import Board
 
 READ_DESIRED_EVERY_S = 2.0
 
@@ -51,8 +54,10 @@ def train_tasks(config: dict[str, Any]) -> None:
     run_id, attempt = config["run_id"], config["attempt"]
     plan = RunPlan.model_validate_json(storage.read_bytes(plan_key(run_id)))
     events = EventWriter(storage, run_id, attempt) if parallel.rank() == 0 else None
+    board = Board(storage, plan, attempt) if events and plan.logging.tensorboard else None
     try:
-        Worker(storage, plan, attempt, ActorMemory(config["memory"]), events).run(config["checkpoint"])
+        memory = ActorMemory(config["memory"])
+        Worker(storage, plan, attempt, memory, events, board).run(config["checkpoint"])
         outcome = {"state": "succeeded", "reason": None, "message": ""}
     except CancelledRun as error:
         outcome = {"state": "cancelled", "reason": None, "message": str(error)}
@@ -62,6 +67,8 @@ def train_tasks(config: dict[str, Any]) -> None:
         outcome = {"state": "failed", "reason": reason, "message": str(error)}
     except torch.OutOfMemoryError as error:
         outcome = {"state": "failed", "reason": "oom", "message": str(error)}
+    if board:
+        board.close()
     if events:
         events.emit("run.finished", state=outcome["state"])
         storage.write_json(worker_outcome_key(run_id, attempt), outcome)
@@ -71,10 +78,16 @@ class Worker:
     """One worker's view of a run attempt: what it has loaded and where it writes."""
 
     def __init__(
-        self, storage: Storage, plan: RunPlan, attempt: int, memory: ActorMemory, events: EventWriter | None
+        self,
+        storage: Storage,
+        plan: RunPlan,
+        attempt: int,
+        memory: ActorMemory,
+        events: EventWriter | None,
+        board: Board | None,
     ) -> None:
         self.storage, self.plan, self.attempt = storage, plan, attempt
-        self.memory, self.events = memory, events
+        self.memory, self.events, self.board = memory, events, board
         self.loaded: LoadedModel
         self._next_look = 0.0
         self._is_cancelled = False
@@ -94,6 +107,8 @@ class Worker:
         """Write a progress event from rank 0; silent on other workers."""
         if self.events:
             self.events.emit(type_, flush=flush, **data)
+        if self.board:
+            self.board.write(type_, data)
 
     def is_cancelled(self) -> bool:
         """Read on rank 0, now and then, whether the control plane wants the run to stop."""
@@ -116,23 +131,28 @@ class Worker:
         """Train unless a checkpoint says it is done, evaluate, store; return the new version and folder."""
         self.stop_if_cancelled()
         self.emit("task.started", task=task.name, task_index=task.index, num_steps=task.steps)
+        before = measure_before(self, task)
+        curve = [CurvePoint.model_validate(point) for point in (resume or {}).get("curve", [])]
         if resume and resume["phase"] == "trained":
             values = {name: torch.as_tensor(value) for name, value in resume["params"].items()}
             assign_trained(self.loaded.model, values)
             summary, version = dict(resume["summary"]), int(resume["memory_version"])
         else:
-            result = self._train(task, version, resume["training"] if resume else None)
+            result = self._train(task, version, resume["training"] if resume else None, curve)
             if result.is_stopped:
                 raise CancelledRun(f"cancelled on request during task {task.name!r}")
             summary, version = _summary(result), result.memory_version
-            self._report_trained(task, summary, version)
+            self._report_trained(task, summary, version, curve)
         self.emit(
             "task.trained", task=task.name, task_index=task.index, seconds=summary["train_s"], **summary
         )
-        folder = finish_task(self, task, version, parent_dir, summary)
+        folder = finish_task(self, task, version, parent_dir, summary, before, curve)
         return version, folder
 
-    def _train(self, task: PlannedTask, version: int, resume: Mapping[str, Any] | None) -> FitResult:
+    def _train(
+        self, task: PlannedTask, version: int, resume: Mapping[str, Any] | None, curve: list[CurvePoint]
+    ) -> FitResult:
+        """Train a task; adds to curve the points that the job asks for."""
         loaded, training = self.loaded, task.training
         rows = read_rows(self.storage, task.dataset)
         dataset = encode_rows(rows, task.dataset, loaded.tokenizer, training.max_length)
@@ -143,6 +163,8 @@ class Worker:
             seed=training.seed,
             encode=lambda row, ref: loaded.encode(row, ref, training.max_length),
         )
+
+        points = curve_steps(task.steps, self.plan.evaluation.curve_points)
 
         def on_step(report: StepReport) -> None:
             self.emit(
@@ -157,6 +179,9 @@ class Worker:
                 tokens_per_s=report.tokens_per_s,
                 eta_s=report.eta_s,
             )
+            if report.step in points:
+                curve.append(curve_point(self, task, report.step))
+                self.emit("task.curve", task=task.name, task_index=task.index, **curve[-1].model_dump())
 
         return fit_task(
             loaded.model,
@@ -168,7 +193,7 @@ class Worker:
             resume=resume,
             on_step=on_step,
             should_stop=self.is_cancelled,
-            on_checkpoint=lambda state: self._report_training(task, version, state),
+            on_checkpoint=lambda state: self._report_training(task, version, state, curve),
         )
 
     def _strategy(self) -> Strategy:
@@ -177,22 +202,28 @@ class Worker:
 
     # -------------------------------------------------------------------------------------------- checkpoints
 
-    def _report_training(self, task: PlannedTask, version: int, training: dict[str, Any]) -> None:
+    def _report_training(
+        self, task: PlannedTask, version: int, training: dict[str, Any], curve: Sequence[CurvePoint]
+    ) -> None:
         state = {
             "task_index": task.index,
             "phase": "training",
             "memory_version": version,
             "training": training,
+            "curve": [point.model_dump() for point in curve],
         }
         self._report(checkpoint_name(task.index, training["step"]), version, state)
 
-    def _report_trained(self, task: PlannedTask, summary: dict[str, float], version: int) -> None:
+    def _report_trained(
+        self, task: PlannedTask, summary: dict[str, float], version: int, curve: Sequence[CurvePoint]
+    ) -> None:
         state = {
             "task_index": task.index,
             "phase": "trained",
             "memory_version": version,
             "summary": summary,
             "params": Params.of(self.loaded.model).copies(),
+            "curve": [point.model_dump() for point in curve],
         }
         self._report(checkpoint_name(task.index, task.steps), version, state)
 

@@ -182,9 +182,12 @@ def write_task(
     scores: dict[str, float] | None = None,
     base_scores: dict[str, float] | None = None,
     parent_dir: str | None = None,
+    predictions: Mapping[str, Sequence[float]] | None = None,
     **changes: Any,
 ) -> str:
     """Write a finished task's folder with its manifest; returns the folder's key.
+
+    predictions: the scores of each task's rows, as the worker leaves them.
 
     The parent is what the driver would continue from: this attempt's task before, else the plan's parent.
     """
@@ -195,9 +198,15 @@ def write_task(
         parent_dir = task_key(run_id, attempt, index - 1)
     elif parent_dir is None and plan["parent"]:
         parent_dir = plan["parent"]["task_dir"]
-    weights = f"weights of {folder}".encode()
-    storage.write_bytes(f"{folder}/adapter/adapter_model.safetensors", weights)
-    digest = hashlib.sha256(weights).hexdigest()
+    contents = {"adapter/adapter_model.safetensors": f"weights of {folder}".encode()}
+    for name, values in (predictions or {}).items():
+        lines = [
+            json.dumps({"row": row, "score": value, "answer": "", "reference": ""})
+            for row, value in enumerate(values)
+        ]
+        contents[f"predictions/{name}.jsonl"] = "\n".join(lines).encode()
+    for path, data in contents.items():
+        storage.write_bytes(f"{folder}/{path}", data)
     manifest = {
         "job_id": plan["job_id"],
         "run_id": run_id,
@@ -211,7 +220,10 @@ def write_task(
         "peft": plan["peft"],
         "strategy": plan["strategy"],
         "data_format": "completion",
-        "files": {"adapter/adapter_model.safetensors": {"bytes": len(weights), "sha256": digest}},
+        "files": {
+            path: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+            for path, data in contents.items()
+        },
         "dataset_sha256": {task["name"]: task["dataset"]["sha256"]},
         "memory_version": index + 1,
         "scores": scores or {task["name"]: 1.0},

@@ -1,0 +1,94 @@
+"""The accuracy matrix of a job's versions, with what follows from it and how sure that is."""
+
+from __future__ import annotations
+
+import functools
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from clcore.evaluation.bootstrap import Interval, inverse_perplexity, matrix_intervals, mean
+
+from clcore.evaluation.scalars import matrix_scalars
+from service.adapters.manifest import PREDICTIONS, Manifest
+from service.adapters.storage import Storage
+
+
+def matrix_of(
+    storage: Storage,
+    task_dirs: Sequence[str],
+    manifests: Sequence[Manifest],
+    names: Sequence[str] | None = None,
+) -> dict[str, Any]:
+    """Return tasks, matrix, versions, base_scores, the scalars and intervals_95 (scalar -> low and high).
+
+    names: all tasks of the job; None takes the trained ones. What was not measured is None. The scalars
+    cover the trained tasks.
+    """
+    trained = [manifest.task_name for manifest in manifests]
+    names = list(trained if names is None else names)
+    by_task = {manifest.task_name: manifest for manifest in manifests}
+    base: dict[str, float] = {}
+    for manifest in manifests:
+        base.update(manifest.base_scores)
+    matrix: list[list[float | None]] = [
+        [by_task[after].scores.get(name) if after in by_task else None for name in names] for after in names
+    ]
+    for i, manifest in enumerate(manifests):
+        for name, score in manifest.before_scores.items():  # the version before, on the task that came next
+            if i and name in names:
+                matrix[names.index(trained[i - 1])][names.index(name)] = score
+    base_scores = [base.get(name) for name in names]
+    scalars: dict[str, float | None] = dict.fromkeys(
+        ("average_accuracy", "forgetting", "bwt", "fwt", "learning_accuracy")
+    )
+    intervals: dict[str, Interval | None] = {}
+    if manifests:
+        columns = [names.index(name) for name in trained]
+        scalars = matrix_scalars(
+            [[matrix[i][j] for j in columns] for i in columns], [base_scores[j] for j in columns]
+        )
+        versions = tuple(
+            (key, m.task_name, frozenset(m.files)) for key, m in zip(task_dirs, manifests, strict=True)
+        )
+        intervals = _intervals(storage, versions, manifests[-1].evaluation.get("metric") == "perplexity")
+    return {
+        "tasks": names,
+        "matrix": matrix,
+        "versions": [trained.index(name) + 1 if name in by_task else None for name in names],
+        "base_scores": base_scores,
+        **scalars,
+        "intervals_95": intervals,
+    }
+
+
+@functools.lru_cache(maxsize=256)
+def _intervals(
+    storage: Storage, versions: tuple[tuple[str, str, frozenset[str]], ...], is_perplexity: bool
+) -> dict[str, Interval | None]:
+    """Resample the rows behind the matrix; empty when a version left no rows. Stored rows never change.
+
+    versions: task folder, task name and the files beside the manifest.
+    """
+    rows: dict[tuple[int, int], Any] = {}
+    base: dict[int, Any] = {}
+    for i, (key, _, files) in enumerate(versions):
+        for j, (_, name, _) in enumerate(versions):
+            after, before, bare = (f"{PREDICTIONS}/{kind}{name}.jsonl" for kind in ("", "before/", "base/"))
+            if after in files:
+                rows[i, j] = _row_values(storage, f"{key}/{after}", is_perplexity)
+            if before in files:
+                rows[i - 1, j] = _row_values(storage, f"{key}/{before}", is_perplexity)
+            if bare in files:
+                base[j] = _row_values(storage, f"{key}/{bare}", is_perplexity)
+    if not rows:
+        return {}
+    return matrix_intervals(rows, base, statistic=inverse_perplexity if is_perplexity else mean)
+
+
+def _row_values(storage: Storage, key: str, is_perplexity: bool) -> np.ndarray:
+    """Return what each row puts into the score: its score (N,), or its nll and tokens (N, 2)."""
+    rows = [json.loads(line) for line in storage.read_bytes(key).splitlines()]
+    values = [(row["nll"], row["num_tokens"]) if is_perplexity else row["score"] for row in rows]
+    return np.array(values, dtype=float)
