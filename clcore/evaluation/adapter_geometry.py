@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from clcore.engine.errors import ConfigError, DataError
 
-Snapshot = Mapping[str, Tensor]
-Update = tuple[Tensor, Tensor] | Tensor
+if TYPE_CHECKING:
+    # Figures are drawn where torch is not loaded, too.
+    from torch import Tensor
+
+Snapshot: TypeAlias = "Mapping[str, Tensor]"
+"""Parameter name -> its value."""
+Update: TypeAlias = "tuple[Tensor, Tensor] | Tensor"
 """B (out, r) and A (r, in) with B A the update, or a plain parameter."""
 Points = np.ndarray[tuple[int, int], np.dtype[np.float64]]
 
@@ -38,7 +42,7 @@ class Embedding:
 
 def updates(snapshot: Snapshot) -> dict[str, Update]:
     """Return a snapshot's updates in float64 by module name, or by parameter name outside pairs."""
-    values = {name: value.detach().to("cpu", torch.float64) for name, value in snapshot.items()}
+    values = {name: value.detach().cpu().double() for name, value in snapshot.items()}
     found: dict[str, Update] = {}
     used = set()
     for name, a in values.items():
@@ -56,10 +60,12 @@ def updates(snapshot: Snapshot) -> dict[str, Update]:
 def inner_products(snapshots: Sequence[Snapshot]) -> dict[str, Points]:
     """Return per module the inner products of all snapshots' updates, (n, n), float64.
 
-    Raises DataError if snapshots hold different modules, or a plain parameter changes its shape.
+    Raises DataError if snapshots hold no or different modules, or a plain parameter changes its shape.
     """
     all_updates = [updates(snapshot) for snapshot in snapshots]
     modules = list(all_updates[0]) if all_updates else []
+    if not modules:
+        raise DataError("snapshots hold no parameters")
     for i, found in enumerate(all_updates):
         if set(found) != set(modules):
             other = sorted(set(found) ^ set(modules))[0]
@@ -152,8 +158,8 @@ def _tsne(places: Points, seed: int) -> Points:
 
 
 def _inner(left: Update, right: Update, module: str) -> float:
-    if isinstance(left, Tensor) or isinstance(right, Tensor):
-        if not (isinstance(left, Tensor) and isinstance(right, Tensor) and left.shape == right.shape):
+    if not isinstance(left, tuple) or not isinstance(right, tuple):
+        if isinstance(left, tuple) or isinstance(right, tuple) or left.shape != right.shape:
             raise DataError(f"parameter {module!r} does not have the same shape in all snapshots")
         return float((left * right).sum())
     (left_b, left_a), (right_b, right_a) = left, right

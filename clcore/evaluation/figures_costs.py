@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from clcore.engine.errors import DataError
-from clcore.evaluation.figures_heatmap import column_axis, row_axis
+from clcore.evaluation.figures_heatmap import column_axis, column_width, row_axis
 from clcore.evaluation.figures_style import (
     BAD,
     GOOD,
@@ -59,20 +59,22 @@ def cost_figure(costs: Mapping[str, Mapping[str, float | None]], *, title: str |
                 hovertemplate=f"%{{customdata}}<br>{label}: %{{x:.3g}} {unit}<extra></extra>",
             )
         )
+    room = 1.12
     for i, total in enumerate(totals):
         missing = any(seconds[part][i] is None for part in parts)
+        room = 1.4 if missing else room
         text = f" {total / scale:.3g} {unit}{' (part missing)' if missing else ''}"
         figure.add_annotation(x=total / scale, y=i, text=text, showarrow=False, xanchor="left")
     figure.update_layout(barmode="stack")
     figure.update_xaxes(
-        title_text=f"wall time ({unit})", range=[0, upper_limit(totals) / scale * 1.12], zeroline=False
+        title_text=f"wall time ({unit})", range=[0, upper_limit(totals) / scale * room], zeroline=False
     )
     figure.update_yaxes(title_text="task", **row_axis(tasks))
     return finish(
         figure,
         title or "Time spent on each task",
         height=100 + 36 * max(len(tasks), 4),
-        least_width=600,
+        least_width=680,
         legend="spent on",
     )
 
@@ -137,7 +139,7 @@ def gate_decisions_figure(checks: Sequence[GateCheck], *, title: str | None = No
         note="A version is promoted if it passes every limit.",
         height=80 + 180 * len(names) + slanted,
         panels=True,
-        least_width=420 + 34 * len(versions),
+        least_width=250 + max(column_width(versions) * len(versions), 300),
     )
 
 
@@ -173,9 +175,11 @@ def _measured_trace(found: Sequence[tuple[GateCheck, int]], floor: float, *, pas
         for check, _ in chosen
     ]
     word = "passed" if passed else "refused"
+    # A trace without points keeps its entry in the legend only if it holds a blank.
+    blank: list[Any] = [] if chosen else [None]
     return go.Scatter(
-        x=[x for _, x in chosen] or [None],
-        y=[floor if check.measured is None else check.measured for check, _ in chosen] or [None],
+        x=[*(x for _, x in chosen), *blank],
+        y=[*(floor if check.measured is None else check.measured for check, _ in chosen), *blank],
         text=[
             "not<br>measured" if check.measured is None else f"{check.measured:.2f}" for check, _ in chosen
         ],

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from clcore.engine.errors import DataError
-from clcore.evaluation.figures_heatmap import column_axis
+from clcore.evaluation.figures_heatmap import column_axis, column_width
 from clcore.evaluation.figures_style import (
     SCORE_UNIT,
     curve_points,
@@ -63,7 +63,7 @@ def forgetting_curves_figure(
         title or "Score on each task as training goes on",
         note="Higher is better. A falling line is forgetting.",
         height=_legend_height(len(tasks), 360) + (90 if figure.layout.xaxis.tickangle else 0),
-        least_width=620 if along is None else 440 + 34 * len(along),
+        least_width=620 if along is None else 320 + max(column_width(along) * len(along), 300),
         legend="scored task",
     )
 

@@ -129,7 +129,7 @@ def column_axis(names: Sequence[str]) -> dict[str, Any]:
     """Return the labels of columns: upright and wrapped while they fit, else slanted."""
     longest = max(map(len, names))
     if len(names) <= 6 or longest * len(names) <= 80:
-        text, angle = wrapped_labels(names, 14, 3), 0
+        text, angle = wrapped_labels(names, 14 if len(names) > 3 else 26, 3), 0
     else:
         text, angle = labels(names, 22), SLANTED
     return _axis(text, len(names)) | {"tickangle": angle, "range": [-0.5, len(names) - 0.5]}
@@ -151,15 +151,21 @@ def _axis(text: Sequence[str], count: int) -> dict[str, Any]:
     }
 
 
-def heat_map_size(table: Table) -> dict[str, int]:
-    """Return the height and least width (pixels) at which every cell can be read."""
+def finish_heat_map(figure: go.Figure, table: Table, title: str, note: str = "") -> go.Figure:
+    """Give a heat map its title and the height and least width at which every cell can be read."""
     rows, columns = len(table.rows), len(table.columns)
     under = 150 if column_axis(table.columns)["tickangle"] else 60
-    cell = 34 if columns <= 10 else 30
-    return {
-        "height": 60 + under + max(rows * cell, 150),
-        "least_width": 290 + max(columns * 42, 5 * 42),
-    }
+    height = 60 + under + max(rows * (34 if columns <= 10 else 30), 190)
+    width = 290 + max(columns * column_width(table.columns), 210)
+    return finish(figure, title, note=note, height=height, least_width=width)
+
+
+def column_width(names: Sequence[str]) -> int:
+    """Return the least distance of columns in pixels at which their labels stay apart."""
+    axis = column_axis(names)
+    if axis["tickangle"]:
+        return 42
+    return 16 + 7 * max(len(line) for text in axis["ticktext"] for line in text.split("<br>"))
 
 
 def similarity_figure(
@@ -197,7 +203,7 @@ def similarity_figure(
         quantity=unit,
         limits=limits,
     )
-    return finish(heat_map(table), title, note=note, **heat_map_size(table))
+    return finish_heat_map(heat_map(table), table, title, note)
 
 
 def square(names: Sequence[str], values: Sequence[Sequence[Any]]) -> list[list[float | None]]:

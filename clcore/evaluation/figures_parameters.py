@@ -13,7 +13,7 @@ import plotly.graph_objects as go
 from plotly.colors import sample_colorscale
 
 from clcore.engine.errors import ConfigError, DataError
-from clcore.evaluation.figures_heatmap import Table, heat_map, heat_map_size, luminance
+from clcore.evaluation.figures_heatmap import Table, finish_heat_map, heat_map, luminance
 from clcore.evaluation.figures_style import (
     GRID,
     INK,
@@ -74,7 +74,7 @@ def parameter_changes_figure(
         cells |= {(layer, task): _root(values) for layer, values in squares.items()}
     table = _layer_table(cells, tasks, "training of task", "L2 norm of the change")
     note = "Layers count from the input. Blank: not measured."
-    return finish(heat_map(table), title or "Parameter changes per layer", note=note, **heat_map_size(table))
+    return finish_heat_map(heat_map(table), table, title or "Parameter changes per layer", note)
 
 
 def parameter_importance_figure(
@@ -103,7 +103,7 @@ def parameter_importance_figure(
     table = _layer_table(means, modules, "module", unit, most)
     note = "Layers count from the input. Blank: the layer has no such module with importance."
     title = title or "Importance per layer and module"
-    return finish(heat_map(table), title, note=note, **heat_map_size(table))
+    return finish_heat_map(heat_map(table), table, title, note)
 
 
 def adapter_ranks_figure(
@@ -125,7 +125,7 @@ def adapter_ranks_figure(
     table = _layer_table(cells, modules, "module", "rank (number of directions)", most, digits=0)
     note = "Layers count from the input. Blank: the layer has no adapter there."
     title = title or "Rank of the adapter per layer and module"
-    return finish(heat_map(table), title, note=note, **heat_map_size(table))
+    return finish_heat_map(heat_map(table), table, title, note)
 
 
 def adapter_embedding_figure(
@@ -179,7 +179,9 @@ def task_trajectory_figure(
             startstandoff=12,
             text="",
         )
-    return _finish_points(figure, names, title or "Way of the adapter", "Arrows: from task to task.")
+    return _finish_points(
+        figure, names, title or "Way of the adapter", "Numbers: order of training. Arrows: from task to task."
+    )
 
 
 def _points(
@@ -236,7 +238,7 @@ def _layer_table(
     most: float | None = None,
     digits: int | None = None,
 ) -> Table:
-    layers: list[int | None] = sorted({layer for layer, _ in cells if layer is not None})
+    layers: list[int | None] = [*sorted({layer for layer, _ in cells if layer is not None})]
     if any(layer is None for layer, _ in cells):
         layers.append(None)
     values = [[cells.get((layer, column)) for column in columns] for layer in layers]

@@ -11,7 +11,14 @@ from typing import Any
 import plotly.graph_objects as go
 
 from clcore.engine.errors import DataError
-from clcore.evaluation.figures_heatmap import Table, column_axis, heat_map, heat_map_size, row_axis
+from clcore.evaluation.figures_heatmap import (
+    Table,
+    column_axis,
+    column_width,
+    finish_heat_map,
+    heat_map,
+    row_axis,
+)
 from clcore.evaluation.figures_style import (
     BAD,
     GOOD,
@@ -74,9 +81,7 @@ def accuracy_matrix_figure(
         figure.add_hline(y=0.5, line={"color": INK, "width": 3})
         figure.update_yaxes(ticktext=[f"<i>{UNTRAINED}</i>", *figure.layout.yaxis.ticktext[1:]])
         note += " Above the line: the untrained model."
-    return finish(
-        figure, title or "Score on each task after each training", note=note, **heat_map_size(table)
-    )
+    return finish_heat_map(figure, table, title or "Score on each task after each training", note)
 
 
 def score_row(tasks: Sequence[str], row: Sequence[Any], what: str) -> list[float | None]:
@@ -112,10 +117,10 @@ def backward_transfer_figure(tasks: Sequence[str], matrix: Matrix, *, title: str
     figure.add_hline(y=len(earlier) - 0.5, line={"color": INK, "width": 1.5})
     if mean is None:
         note += " No mean: a score is missing."
-    limit = max([0.1, *(abs(value) for value in known(values))]) * 1.2
+    limit = max([0.1, *(abs(value) for value in known(values))]) * 1.35
     figure.update_xaxes(title_text="change of score since the task was trained", range=[-limit, limit])
     height = 100 + 36 * (len(earlier) + 1)
-    return finish(figure, title or "Backward transfer", note=note, height=max(height, 240), least_width=480)
+    return finish(figure, title or "Backward transfer", note=note, height=max(height, 240), least_width=560)
 
 
 def _signed_bars(names: Sequence[str], values: Sequence[float | None]) -> go.Figure:
@@ -200,7 +205,7 @@ def general_ability_figure(
         title or "General ability",
         note=note,
         height=360 + (90 if figure.layout.xaxis.tickangle else 0),
-        least_width=300 + 36 * len(tasks),
+        least_width=300 + max(column_width(tasks) * len(tasks), 260),
     )
 
 

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 
 from clcore.engine.errors import DataError
 from clcore.evaluation.figures_curves import STEP_TITLE, stages
-from clcore.evaluation.figures_heatmap import column_axis, similarity_figure
+from clcore.evaluation.figures_heatmap import column_axis, column_width, similarity_figure
 from clcore.evaluation.figures_style import (
     GRID,
     category_style,
@@ -52,8 +52,9 @@ def replay_composition_figure(
     totals = [sum(held.values()) for _, held in history]
     figure.update_yaxes(title_text=escape(unit), range=[0, upper_limit(totals)])
     height = max(360, 110 + 21 * len(tasks)) + (90 if figure.layout.xaxis.tickangle else 0)
+    width = 320 + max(300, column_width(names) * len(names) if names else 0)
     title = title or "Where replayed rows come from"
-    return finish(figure, title, height=height, least_width=620, legend="task")
+    return finish(figure, title, height=height, least_width=width, legend="task")
 
 
 def _share(
@@ -139,7 +140,8 @@ def mask_capacity_figure(masks: Masks, *, title: str | None = None) -> go.Figure
     figure.update_yaxes(title_text="share of all components (%)", range=[0, 100])
     height = 360 + (90 if figure.layout.xaxis.tickangle else 0)
     title = title or "Capacity that masks take"
-    return finish(figure, title, height=height, least_width=560, legend="components")
+    width = 260 + max(300, column_width(tasks) * len(tasks))
+    return finish(figure, title, height=height, least_width=width, legend="components")
 
 
 def orthogonality_figure(

@@ -83,7 +83,7 @@ def labels(names: Sequence[object], length: int = NAME_LENGTH) -> list[str]:
 
 
 def wrapped_labels(names: Sequence[object], width: int = 14, lines: int = 2) -> list[str]:
-    """Return labels broken into lines at most width characters long, preferably after a dash."""
+    """Return labels broken into lines at most width characters long, preferably after a sign."""
     whole = [html.unescape(label) for label in labels(names, width * lines)]
     return ["<br>".join(map(escape, _lines(label, width))) for label in whole]
 
@@ -91,8 +91,8 @@ def wrapped_labels(names: Sequence[object], width: int = 14, lines: int = 2) -> 
 def _lines(text: str, width: int) -> list[str]:
     pieces = []
     while len(text) > width:
-        cut = max(text.rfind(sign, width // 2, width) for sign in "-_. /")
-        cut = cut + 1 if cut > 0 else width
+        cuts = [max(text.rfind(sign, width // 3, width) for sign in signs) for signs in ("./ ", "-", "_")]
+        cut = next((cut + 1 for cut in cuts if cut > 0), width)
         pieces.append(text[:cut])
         text = text[cut:]
     return [*pieces, text]
@@ -143,8 +143,13 @@ def number_text(value: float | None, digits: int = 2) -> str:
 
 
 def significant_text(value: float | None) -> str:
-    """Return a value in two significant digits, empty if it was not measured."""
-    return "" if value is None else f"{value:.2g}"
+    """Return a value in about two significant digits and at most seven characters; None is empty."""
+    if value is None:
+        return ""
+    if value == 0 or 0.001 <= abs(value) < 10_000:
+        return f"{value:.0f}" if abs(value) >= 99.5 else f"{value:.2g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def finish(
@@ -163,8 +168,8 @@ def finish(
     panels leaves room for headings of panels. height (pixels) is without title and note. least_width (pixels)
     is what the picture needs to stay readable; layout.meta.least_width tells it to dashboard and export.
     """
-    head = textwrap.wrap(title, 76) or [""]
-    under = textwrap.wrap(note, 120)
+    head = textwrap.wrap(title, 76, break_on_hyphens=False) or [""]
+    under = textwrap.wrap(note, 120, break_on_hyphens=False)
     slanted = any(axis.tickangle == SLANTED for axis in figure.select_xaxes())
     top = 30 + 22 * len(head) + 17 * len(under) + (24 if panels else 0)
     figure.update_layout(
@@ -174,7 +179,8 @@ def finish(
             "x": 0,
             "xref": "container",
             "xanchor": "left",
-            "pad": {"l": 16, "t": 14},
+            # Plotly places the block by its first line and a half: more lines need more room above.
+            "pad": {"l": 16, "t": 14 + 13 * (len(head) - 1)},
             "y": 1,
             "yref": "container",
             "yanchor": "top",
@@ -206,8 +212,9 @@ def finish(
 
 def colour_bar(title: str) -> dict[str, Any]:
     """Return a colour bar with its quantity and unit beside it."""
+    text = "<br>".join(map(escape, textwrap.wrap(title, 26)))
     return {
-        "title": {"text": escape(title), "side": "right", "font": {"size": 13}},
+        "title": {"text": text, "side": "right", "font": {"size": 13}},
         "thickness": 14,
         "outlinewidth": 0,
     }

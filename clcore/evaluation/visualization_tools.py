@@ -4,12 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import plotly.graph_objects as go
-import torch
-from torch import Tensor, nn
 
 from clcore.engine.errors import ConfigError, DataError
 from clcore.evaluation.adapter_geometry import Snapshot, distance, embed, inner_products
@@ -24,6 +22,9 @@ from clcore.evaluation.figures_parameters import (
 )
 from clcore.evaluation.figures_scores import accuracy_matrix_figure, backward_transfer_figure
 from clcore.evaluation.figures_style import unique_names
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
 START = "(start)"
 
@@ -144,7 +145,7 @@ def adapter_ranks(parameters: Mapping[str, Tensor]) -> dict[str, int]:
             if not mark:
                 continue
             values = parameters.get(f"{head}.lora_E{tail}")
-            ranks[head] = int(value.shape[0]) if values is None else int(torch.count_nonzero(values))
+            ranks[head] = int(value.shape[0]) if values is None else int((values != 0).sum())
     return ranks
 
 
@@ -157,9 +158,7 @@ def _in_order(found: Mapping[str, Any], order: Sequence[str], what: str) -> dict
 
 def _arrays(scores: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        name: value.detach().to("cpu", torch.float64).numpy()
-        if isinstance(value, Tensor)
-        else np.asarray(value)
+        name: value.detach().cpu().double().numpy() if hasattr(value, "detach") else np.asarray(value)
         for name, value in scores.items()
     }
 
