@@ -20,7 +20,7 @@ from clcore.engine.loop import TrainConfig, fit_task
 from clcore.engine.memory import InProcessMemory, MemorySession
 from clcore.engine.registry import build_strategy
 from clcore.engine.tasks import encode_row
-from clcore.evaluation.exact_match import exact_match_answers
+from clcore.evaluation import evaluate
 from service.specs import LoraSpec, TrainingSpec
 
 LOG = logging.getLogger("benchmarks.continual")
@@ -170,15 +170,16 @@ def _score(
     model: nn.Module, tokenizer: Any, rows: Sequence[Row], setup: Setup, *, with_adapter: bool = True
 ) -> list[int]:
     """Return 1 per row whose greedy answer is exactly the reference, else 0."""
-    found = exact_match_answers(
+    found = evaluate(
         model,
         tokenizer,
         list(enumerate(rows)),
+        "exact_match",
         max_length=setup.max_length,
         batch_size=EVAL_BATCH_ROWS,
         with_adapter=with_adapter,
     )
-    return [int(answer.score) for answer in found]
+    return [int(row.score) for row in found.rows]
 
 
 def _mean(scores: Sequence[int]) -> float:

@@ -70,7 +70,7 @@ def read_texts(rows: Rows, tokenizer: Any, max_length: int) -> list[Question]:
 
 def label_set(rows: Rows) -> tuple[str, ...]:
     """Return the distinct completions of rows, or last messages, in alphabetical order."""
-    return tuple(sorted({_answer_text(row) for _, row in rows}))
+    return tuple(sorted({_answer_text(number, row) for number, row in rows}))
 
 
 def read_labelled(
@@ -85,6 +85,7 @@ def read_labelled(
         raise DataError(f"likelihood needs at least two distinct labels, got {list(labels)}")
     if not rows:
         return [], []
+    _answer_text(*rows[0])
     row_0 = rows[0]
     tokens = [
         tuple(_tokens(row_0[0], _with_answer(row_0[1], label), tokenizer, max_length)[1]) for label in labels
@@ -94,12 +95,13 @@ def read_labelled(
     longest = labels[max(range(len(labels)), key=lambda i: len(tokens[i]))]
     found = []
     for number, row in rows:
-        if _answer_text(row) not in labels:
-            raise DataError(f"row {number}: {_answer_text(row)!r} is none of the labels {list(labels)}")
+        answer = _answer_text(number, row)
+        if answer not in labels:
+            raise DataError(f"row {number}: {answer!r} is none of the labels {list(labels)}")
         prompt, _ = _tokens(number, _with_answer(row, longest), tokenizer, max_length)
         if not prompt:
             raise DataError(f"row {number}: the prompt has no tokens")
-        completion = tokens[list(labels).index(_answer_text(row))]
+        completion = tokens[list(labels).index(answer)]
         found.append(_question(number, prompt, completion, tokenizer))
     return found, tokens
 
@@ -126,8 +128,11 @@ def _tokens(
         raise DataError(f"row {number}: {error}") from error
 
 
-def _answer_text(row: Mapping[str, Any]) -> str:
-    return str(row["messages"][-1]["content"] if row_format(row) == "chat" else row["completion"])
+def _answer_text(number: int, row: Mapping[str, Any]) -> str:
+    try:
+        return str(row["messages"][-1]["content"] if row_format(row) == "chat" else row["completion"])
+    except DataError as error:
+        raise DataError(f"row {number}: {error}") from error
 
 
 def _with_answer(row: Mapping[str, Any], text: str) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -15,14 +15,15 @@ from torch import nn
 from clcore.engine.errors import ConfigError, DataError, TrainingDivergedError
 from clcore.evaluation import bootstrap
 from clcore.evaluation.answering import drafts_from, greedy_answers
+from clcore.evaluation.batches import split
 from clcore.evaluation.cache import Output, Stored
-from clcore.evaluation.kv_batch import pad_token, shared_prefix
+from clcore.evaluation.kv_batch import Prefix, pad_token, shared_prefix
 from clcore.evaluation.likelihoods import completion_nlls, label_nlls
 from clcore.evaluation.metrics import TextMetric, metric_family, metric_name, text_metric
 from clcore.evaluation.questions import Question, Rows, label_set, read_labelled, read_questions, read_texts
 
-MAX_LOGITS = 2048
-"""Positions of a batch that the output head sees at once, unless a single row has more."""
+MAX_SCORED = 2048
+"""Positions of a batch that the output head sees for a likelihood, unless a single row has more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,8 +157,15 @@ def evaluate(
     bare = nullcontext() if with_adapter else model.disable_adapter()  # type: ignore[operator]
     try:
         with torch.inference_mode(), bare:
-            compute = _computer(model, tokenizer, pending, questions, settings, label_tokens)
-            for batch in _batches(pending, batch_size, family):
+            prefix = shared_prefix(model, [question.prompt for question in pending], pad_token(tokenizer))
+            compute = _computer(model, tokenizer, prefix, questions, settings, label_tokens)
+            for batch in split(
+                pending,
+                batch_size,
+                device=next(model.parameters()).device,
+                num_shared=len(prefix.tokens) if prefix else 0,
+                max_scored=MAX_SCORED if family == "perplexity" else None,
+            ):
                 new = dict(zip((question.row for question in batch), compute(batch), strict=True))
                 outputs |= new
                 if stored:
@@ -171,32 +179,16 @@ def evaluate(
     return Evaluation(name, tuple(scored))
 
 
-def _batches(pending: Sequence[Question], batch_size: int, family: str) -> Iterator[list[Question]]:
-    """Yield batches of similar length, the longest first: what does not fit into memory shows at once."""
-    by_length = sorted(pending, key=lambda q: (-len(q.prompt) - len(q.completion), q.row))
-    batch: list[Question] = []
-    num_logits = 0
-    for question in by_length:
-        num_logits = max(num_logits, len(question.completion) if family == "perplexity" else 1)
-        if batch and (len(batch) == batch_size or num_logits * (len(batch) + 1) > MAX_LOGITS):
-            yield batch
-            batch, num_logits = [], len(question.completion) if family == "perplexity" else 1
-        batch.append(question)
-    if batch:
-        yield batch
-
-
 def _computer(
     model: nn.Module,
     tokenizer: Any,
-    pending: Sequence[Question],
+    prefix: Prefix | None,
     questions: Sequence[Question],
     settings: dict[str, Any],
     label_tokens: Sequence[tuple[int, ...]],
 ) -> Callable[[Sequence[Question]], list[Output]]:
-    """Return the function from a batch to its outputs; what all prompts begin with is computed here."""
+    """Return the function from a batch to its outputs."""
     pad = pad_token(tokenizer)
-    prefix = shared_prefix(model, [question.prompt for question in pending], pad)
     if settings["family"] == "perplexity":
         return lambda batch: [
             {"nll": _finite(nll, question), "num_tokens": len(question.completion)}

@@ -22,6 +22,15 @@ def loud_llama(seed: int = 0) -> nn.Module:
     return _louder(tiny_llama(seed, with_b=True))
 
 
+def ending_llama() -> nn.Module:
+    """Return a tiny Llama that often says the end token: wherever it would else say 6."""
+    model: Any = loud_llama()
+    with torch.no_grad():
+        weight = model.get_output_embeddings().weight
+        weight[1] = 1.1 * weight[WORDS.index("6")]
+    return model  # type: ignore[no-any-return]
+
+
 def loud_gpt2() -> nn.Module:
     """Return a tiny GPT-2, whose position embeddings are absolute."""
     return _louder(fill_b(with_lora(tiny_gpt2_base(), ["c_attn", "c_fc"])))
@@ -57,7 +66,7 @@ def _louder(model: nn.Module) -> nn.Module:
     return model
 
 
-def mixed_rows(num_rows: int = 20, begin: str = "a b c d : ") -> list[tuple[int, Row]]:
+def mixed_rows(num_rows: int = 12, begin: str = "a b c d : ") -> list[tuple[int, Row]]:
     """Return rows with prompts of many lengths, numbered backwards; all begin the same."""
     rows = []
     for i in range(num_rows):
@@ -66,9 +75,17 @@ def mixed_rows(num_rows: int = 20, begin: str = "a b c d : ") -> list[tuple[int,
     return rows
 
 
-@torch.no_grad()
 def generate(model: nn.Module, tokenizer: Any, rows: Sequence[tuple[int, Row]], limit: int) -> list[str]:
     """Answer one row at a time by model.generate."""
+    ids = generate_ids(model, tokenizer, rows, limit)
+    return [tokenizer.decode(answer, skip_special_tokens=True).strip() for answer in ids]
+
+
+@torch.no_grad()
+def generate_ids(
+    model: nn.Module, tokenizer: Any, rows: Sequence[tuple[int, Row]], limit: int
+) -> list[list[int]]:
+    """Return the tokens of answers, with the end token where there is one."""
     model.eval()
     answers = []
     for _, row in rows:
@@ -82,7 +99,7 @@ def generate(model: nn.Module, tokenizer: Any, rows: Sequence[tuple[int, Row]], 
             pad_token_id=0,
             eos_token_id=1,
         )
-        answers.append(tokenizer.decode(out[0, len(prompt) :], skip_special_tokens=True).strip())
+        answers.append(out[0, len(prompt) :].tolist())
     return answers
 
 
@@ -102,6 +119,6 @@ def count_passes(model: nn.Module) -> list[int]:
     """Return a list that grows by the number of rows with every pass through the model."""
     passes: list[int] = []
     model.register_forward_pre_hook(
-        lambda _, args, kwargs: passes.append(len(kwargs["input_ids"])), with_kwargs=True
+        lambda _, __, kwargs: passes.append(len(kwargs["input_ids"])), with_kwargs=True
     )
     return passes

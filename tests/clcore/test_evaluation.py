@@ -1,16 +1,19 @@
-"""Scalars of hand-made accuracy matrices, and exact match on a model that has learnt something."""
+"""Scalars of hand-made accuracy matrices, and scores of a model that has learnt something."""
 
 from __future__ import annotations
 
+import math
+import subprocess
+import sys
 from typing import Any
 
 import pytest
 import torch
 
+import clcore.evaluation
 from clcore.engine.errors import ConfigError, DataError
 from clcore.engine.loop import TrainConfig, fit_task
-from clcore.evaluation import matrix_scalars
-from clcore.evaluation.exact_match import exact_match_answers
+from clcore.evaluation import METRICS, Evaluation, RowScore, evaluate, matrix_scalars, set_score
 from clcore.strategies.none import NoStrategy
 from tests.clcore.tiny import fill_b, new_session, tiny_learner, tiny_llama, tiny_stream
 
@@ -111,28 +114,33 @@ def trained() -> tuple[Any, list[tuple[int, dict[str, str]]]]:
     return model, [(10 - i, row) for i, row in enumerate([*rows, *padded])]
 
 
-def test_answers_keep_the_order_of_rows_and_do_not_depend_on_the_batch_size(
+def scores_of(model: Any, tokenizer: Any, rows: Any, **changes: Any) -> tuple[RowScore, ...]:
+    settings: dict[str, Any] = {"metric": "exact_match", "max_length": 32, **changes}
+    return evaluate(model, tokenizer, rows, settings.pop("metric"), **settings).rows
+
+
+def test_scores_keep_the_order_of_rows_and_do_not_depend_on_the_batch_size(
     trained: Any, tokenizer: Any
 ) -> None:
     model, rows = trained
-    by_size = [exact_match_answers(model, tokenizer, rows, max_length=32, batch_size=n) for n in (1, 3, 16)]
+    by_size = [scores_of(model, tokenizer, rows, batch_size=n) for n in (1, 3, 16)]
     assert by_size[0] == by_size[1] == by_size[2]
-    assert [answer.row for answer in by_size[0]] == [number for number, _ in rows]
-    assert [answer.reference for answer in by_size[0]] == [row["completion"] for _, row in rows]
-    scores = [answer.score for answer in by_size[0]]
+    assert [row.row for row in by_size[0]] == [number for number, _ in rows]
+    assert [row.reference for row in by_size[0]] == [row["completion"] for _, row in rows]
+    scores = [row.score for row in by_size[0]]
     assert 0 < sum(scores) < len(scores)
-    assert all(answer.score == (answer.answer == answer.reference) for answer in by_size[0])
+    assert all(row.score == (row.answer == row.reference) for row in by_size[0])
 
 
-def test_without_the_adapter_the_base_model_answers_and_the_adapter_comes_back(
-    trained: Any, tokenizer: Any
+@pytest.mark.parametrize("metric", METRICS)
+def test_without_the_adapter_the_base_model_is_scored_and_the_adapter_comes_back(
+    trained: Any, tokenizer: Any, metric: str
 ) -> None:
     model, rows = trained
-    before = exact_match_answers(model, tokenizer, rows, max_length=32)
-    untrained = tiny_learner()  # B is 0: the base model
-    base = exact_match_answers(untrained, tokenizer, rows, max_length=32)
-    assert exact_match_answers(model, tokenizer, rows, max_length=32, with_adapter=False) == base
-    assert exact_match_answers(model, tokenizer, rows, max_length=32) == before
+    before = scores_of(model, tokenizer, rows, metric=metric)
+    base = scores_of(tiny_learner(), tokenizer, rows, metric=metric)  # B is 0: the base model
+    assert scores_of(model, tokenizer, rows, metric=metric, with_adapter=False) == base
+    assert scores_of(model, tokenizer, rows, metric=metric) == before
     assert base != before
 
 
@@ -140,19 +148,47 @@ def test_evaluation_reports_progress_and_leaves_the_mode_as_it_was(trained: Any,
     model, rows = trained
     model.train()
     done: list[int] = []
-    exact_match_answers(model, tokenizer, rows[:5], max_length=32, batch_size=2, on_batch=done.append)
-    assert done == [2, 4, 5]
+    scores_of(model, tokenizer, rows[:5], batch_size=2, on_batch=done.append)
+    assert len(done) == 3
+    assert done[-1] == 5
+    assert all(1 <= after - before <= 2 for before, after in zip([0, *done], done, strict=False))
     assert model.training
     model.eval()
-    exact_match_answers(model, tokenizer, rows[:1], max_length=32)
+    scores_of(model, tokenizer, rows[:1])
     assert not model.training
 
 
-def test_no_rows_give_no_answers_and_a_bad_batch_size_is_named(trained: Any, tokenizer: Any) -> None:
+def test_an_error_in_the_middle_leaves_mode_and_adapter_as_they_were(trained: Any, tokenizer: Any) -> None:
     model, rows = trained
-    assert exact_match_answers(model, tokenizer, [], max_length=32) == []
+    before = scores_of(model, tokenizer, rows)
+    model.train()
+    with pytest.raises(ZeroDivisionError):
+        scores_of(model, tokenizer, rows, with_adapter=False, on_batch=lambda done: done // 0)
+    assert model.training
+    assert scores_of(model, tokenizer, rows) == before
+
+
+def test_no_rows_give_no_scores_and_bad_numbers_are_named(trained: Any, tokenizer: Any) -> None:
+    model, rows = trained
+    empty = evaluate(model, tokenizer, [], "exact_match", max_length=32)
+    assert empty == Evaluation("exact_match", ())
+    with pytest.raises(DataError, match="no rows"):
+        _ = empty.score
     with pytest.raises(ConfigError, match="batch_size must be at least 1, got 0"):
-        exact_match_answers(model, tokenizer, rows, max_length=32, batch_size=0)
+        scores_of(model, tokenizer, rows, batch_size=0)
+    with pytest.raises(ConfigError, match="max_new_tokens must be at least 1, got 0"):
+        scores_of(model, tokenizer, rows, max_new_tokens=0)
+    with pytest.raises(ConfigError, match=r"metric must be one of exact_match, .*, got 'bleu'"):
+        scores_of(model, tokenizer, rows, metric="bleu")
+    with pytest.raises(DataError, match="a row number stands twice"):
+        scores_of(model, tokenizer, [rows[0], rows[0]])
+
+
+@pytest.mark.parametrize("metric", ["exact_match", "likelihood", "perplexity"])
+def test_a_row_that_cannot_be_used_is_named(trained: Any, tokenizer: Any, metric: str) -> None:
+    model, rows = trained
+    with pytest.raises(DataError, match=r"row 7: .*prompt.*completion"):
+        scores_of(model, tokenizer, [rows[0], (7, {"question": "a"})], metric=metric, labels=["b", "c"])
 
 
 def test_dropout_is_off_while_answering(tokenizer: Any) -> None:
@@ -160,5 +196,49 @@ def test_dropout_is_off_while_answering(tokenizer: Any) -> None:
     model = fill_b(tiny_llama(dropout=0.9))
     model.train()
     rows = [(i, row) for i, row in enumerate(tiny_stream(1)[0][0])]
-    answers = [exact_match_answers(model, tokenizer, rows, max_length=32, max_new_tokens=4) for _ in range(2)]
+    answers = [scores_of(model, tokenizer, rows, max_new_tokens=4) for _ in range(2)]
     assert answers[0] == answers[1]
+
+
+def test_a_users_function_scores_the_same_answers(trained: Any, tokenizer: Any) -> None:
+    model, rows = trained
+
+    def same_length(answer: str, reference: str) -> float:
+        return float(len(answer) == len(reference))
+
+    found = evaluate(model, tokenizer, rows, same_length, max_length=32)
+    assert found.metric == "user:same_length"
+    exact = scores_of(model, tokenizer, rows)
+    assert [row.answer for row in found.rows] == [row.answer for row in exact]
+    assert [row.score for row in found.rows] == [same_length(row.answer, row.reference) for row in exact]
+    with pytest.raises(DataError, match=r"metric 'user:<lambda>' must return a number in 0\.\.1, got 2\.0"):
+        evaluate(model, tokenizer, rows, lambda *_: 2, max_length=32)
+
+
+def test_parts_merge_in_the_order_of_rows_and_a_row_in_two_parts_is_refused() -> None:
+    rows = [RowScore(i, i / 4, "", "") for i in range(4)]
+    parts = [Evaluation("token_f1", (rows[2], rows[0])), Evaluation("token_f1", (rows[3], rows[1]))]
+    assert Evaluation.merge(parts) == Evaluation("token_f1", tuple(rows))
+    assert Evaluation.merge(parts).score == pytest.approx(0.375)  # (0 + 1 + 2 + 3) / 16
+    with pytest.raises(DataError, match="two parts"):
+        Evaluation.merge([parts[0], parts[0]])
+    with pytest.raises(DataError, match="one metric"):
+        Evaluation.merge([parts[0], Evaluation("rouge_l", ())])
+
+
+def test_perplexity_of_a_set_weighs_tokens_not_rows() -> None:
+    rows = [RowScore(0, math.exp(-1), "", "", 2.0, 2), RowScore(1, math.exp(-3), "", "", 18.0, 6)]
+    # (2 + 18) nats over 2 + 6 tokens, not the mean of e^-1 and e^-3
+    assert set_score("perplexity", rows) == pytest.approx(math.exp(-2.5))
+
+
+def test_every_public_name_loads_and_the_scalars_need_neither_torch_nor_plotly() -> None:
+    assert sorted(clcore.evaluation.__all__) == sorted(clcore.evaluation._MODULES)
+    assert all(getattr(clcore.evaluation, name) is not None for name in clcore.evaluation.__all__)
+    program = (
+        "import sys\n"
+        "from clcore.evaluation import METRICS, interval, matrix_intervals, matrix_scalars, output_key\n"
+        "sys.exit(' '.join({'torch', 'transformers', 'plotly'} & set(sys.modules)) or 0)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
+    assert (done.stderr.strip(), done.returncode) == ("", 0)
