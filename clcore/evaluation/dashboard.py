@@ -49,16 +49,20 @@ figcaption span { color: #4d4d4d; font-size: .9rem; }
 
 SCRIPT = """
 const narrow = window.innerWidth <= 640;
+const config = {responsive: true, displaylogo: false, displayModeBar: narrow ? false : "hover",
+  modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]]};
 for (const picture of JSON.parse(document.getElementById("figures").textContent)) {
   const box = document.getElementById(picture.id), layout = picture.layout;
+  let width = picture.width;
   if (narrow && picture.legend > 0) {
-    layout.legend = {...layout.legend, orientation: "h", x: 0, xanchor: "left",
-      yref: "container", y: 0, yanchor: "bottom"};
-    layout.height += 24 * picture.legend;
+    layout.legend = {...layout.legend, orientation: "h", x: 0, xref: "container", xanchor: "left",
+      y: 0, yref: "container", yanchor: "bottom"};
+    layout.height += 22 * (picture.legend + 1);
+    width -= 220;
   }
   box.style.height = layout.height + "px";
-  box.style.minWidth = picture.width + "px";
-  Plotly.newPlot(box, picture.data, layout, {responsive: true, displaylogo: false});
+  box.style.minWidth = width + "px";
+  Plotly.newPlot(box, picture.data, layout, config);
 }
 """
 
@@ -78,7 +82,7 @@ def dashboard_html(sections: Sequence[Section], *, title: str) -> str:
             links.append(f'<li><a href="#section-{i}">{html.escape(heading)}</a></li>')
             parts.insert(1, f"<h2>{html.escape(heading)}</h2>")
         if figure is not None:
-            caption, picture = _picture(figure, f"figure-{i}")
+            caption, picture = _picture(figure, f"figure-{i}", heading)
             parts.append(
                 f'<figure><figcaption>{caption}</figcaption><div class="wide">'
                 f'<div id="figure-{i}" class="picture"></div></div></figure>'
@@ -119,13 +123,13 @@ def _scripts(pictures: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def _picture(figure: go.Figure, name: str) -> tuple[str, dict[str, Any]]:
+def _picture(figure: go.Figure, name: str, heading: str) -> tuple[str, dict[str, Any]]:
     """Return a figure's caption as HTML, and what the page's script needs to draw it."""
     drawn = json.loads(figure.to_json())
     layout = drawn["layout"]
     title = layout.pop("title", {})
     strong, under = _plain(title.get("text", "")), _plain(title.get("subtitle", {}).get("text", ""))
-    caption = f"<strong>{html.escape(strong)}</strong>" if strong else ""
+    caption = f"<strong>{html.escape(strong)}</strong>" if strong not in ("", heading) else ""
     caption += f"<span>{html.escape(under)}</span>" if under else ""
     layout.setdefault("height", 450)
     margin = layout.setdefault("margin", {})

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from clcore.engine.errors import DataError
-from clcore.evaluation.figures_heatmap import column_axis
+from clcore.evaluation.figures_heatmap import column_axis, column_width, row_axis
 from clcore.evaluation.figures_style import (
     BAD,
     GOOD,
@@ -24,7 +24,6 @@ from clcore.evaluation.figures_style import (
     number,
     unique_names,
     upper_limit,
-    wrapped_labels,
 )
 
 UNITS = (("h", 3600.0, 3 * 3600.0), ("min", 60.0, 3 * 60.0), ("s", 1.0, 0.0))
@@ -60,21 +59,22 @@ def cost_figure(costs: Mapping[str, Mapping[str, float | None]], *, title: str |
                 hovertemplate=f"%{{customdata}}<br>{label}: %{{x:.3g}} {unit}<extra></extra>",
             )
         )
+    room = 1.12
     for i, total in enumerate(totals):
         missing = any(seconds[part][i] is None for part in parts)
+        room = 1.4 if missing else room
         text = f" {total / scale:.3g} {unit}{' (part missing)' if missing else ''}"
         figure.add_annotation(x=total / scale, y=i, text=text, showarrow=False, xanchor="left")
     figure.update_layout(barmode="stack")
     figure.update_xaxes(
-        title_text=f"wall time ({unit})", range=[0, upper_limit(totals) / scale * 1.12], zeroline=False
+        title_text=f"wall time ({unit})", range=[0, upper_limit(totals) / scale * room], zeroline=False
     )
-    ticks = {"tickmode": "array", "tickvals": positions, "ticktext": wrapped_labels(tasks, 18, 2)}
-    figure.update_yaxes(title_text="task", range=[len(tasks) - 0.5, -0.5], showgrid=False, **ticks)
+    figure.update_yaxes(title_text="task", **row_axis(tasks))
     return finish(
         figure,
         title or "Time spent on each task",
-        height=190 + 38 * max(len(tasks), 3),
-        least_width=600,
+        height=100 + 36 * max(len(tasks), 4),
+        least_width=680,
         legend="spent on",
     )
 
@@ -103,8 +103,8 @@ class GateCheck:
 def gate_decisions_figure(checks: Sequence[GateCheck], *, title: str | None = None) -> go.Figure:
     """Draw what the promotion gate measured for each version beside its limits, one panel per limit.
 
-    Blue circles passed, orange crosses were refused, a cross on the lower edge was not measured. All panels
-    have the same axes. Values are scores or changes of scores.
+    Blue circles passed, orange crosses were refused; one without a value was not measured. Panels of upper
+    limits have the same axis, and so have panels of lower limits. Values are scores or changes of scores.
     """
     if not checks:
         raise DataError("no decisions to draw")
@@ -112,14 +112,13 @@ def gate_decisions_figure(checks: Sequence[GateCheck], *, title: str | None = No
     versions = list(dict.fromkeys(check.version for check in checks))
     measured = [number(check.measured, f"{check.name} of {check.version!r}", -1, 1) for check in checks]
     limits = [number(check.limit, f"the limit of {check.name}", -1, 1) or 0.0 for check in checks]
-    low, high = min([0.0, *known(measured), *limits]), max([0.0, *known(measured), *limits])
-    pad = 0.1 * (high - low or 1.0)
+    spans = {kind: _span(checks, measured, limits, kind) for kind in ("most", "least")}
     kinds = {check.name: f"at {check.kind}" for check in checks}
     figure = make_subplots(
         rows=len(names),
         cols=1,
         shared_xaxes=True,
-        vertical_spacing=0.24 / len(names),
+        vertical_spacing=0.22 / len(names),
         subplot_titles=[f"{escape(name)} ({kinds[name]} the dashed limit)" for name in names],
     )
     figure.update_annotations(font_size=13, x=0, xanchor="left")
@@ -127,10 +126,10 @@ def gate_decisions_figure(checks: Sequence[GateCheck], *, title: str | None = No
         found = [(check, versions.index(check.version)) for check in checks if check.name == name]
         figure.add_trace(_limit_trace(found, first=row == 1), row=row, col=1)
         for passed in (True, False):
-            trace = _measured_trace(found, low - pad / 2, passed=passed)
+            trace = _measured_trace(found, spans[found[0][0].kind][0], passed=passed)
             trace.update(showlegend=row == 1)
             figure.add_trace(trace, row=row, col=1)
-    figure.update_yaxes(range=[low - pad, high + pad], title_text="score, -1 to 1")
+        figure.update_yaxes(range=spans[found[0][0].kind], title_text="score, -1 to 1", row=row, col=1)
     figure.update_xaxes(**column_axis(versions))
     figure.update_xaxes(title_text="version", row=len(names), col=1)
     slanted = 80 if column_axis(versions)["tickangle"] else 0
@@ -138,9 +137,20 @@ def gate_decisions_figure(checks: Sequence[GateCheck], *, title: str | None = No
         figure,
         title or "Decisions of the promotion gate",
         note="A version is promoted if it passes every limit.",
-        height=150 + 190 * len(names) + slanted,
-        least_width=420 + 34 * len(versions),
+        height=80 + 180 * len(names) + slanted,
+        panels=True,
+        least_width=250 + max(column_width(versions) * len(versions), 300),
     )
+
+
+def _span(
+    checks: Sequence[GateCheck], measured: Sequence[float | None], limits: Sequence[float], kind: str
+) -> list[float]:
+    """Return the axis of the panels of one kind: zero, every value and every limit, with room for text."""
+    chosen = [i for i, check in enumerate(checks) if check.kind == kind]
+    found = [0.0, *known([measured[i] for i in chosen]), *(limits[i] for i in chosen)]
+    room = (max(found) - min(found)) or 1.0
+    return [min(found) - 0.3 * room, max(found) + 0.3 * room]
 
 
 def _limit_trace(found: Sequence[tuple[GateCheck, int]], *, first: bool) -> go.Scatter:
@@ -160,11 +170,23 @@ def _measured_trace(found: Sequence[tuple[GateCheck, int]], floor: float, *, pas
         + ("not measured" if check.measured is None else f"{check.measured:.4f}")
         for check, _ in chosen
     ]
+    sides = [
+        "bottom center" if check.measured is not None and check.measured < check.limit else "top center"
+        for check, _ in chosen
+    ]
     word = "passed" if passed else "refused"
+    # A trace without points keeps its entry in the legend only if it holds a blank.
+    blank: list[Any] = [] if chosen else [None]
     return go.Scatter(
-        x=[x for _, x in chosen] or [None],
-        y=[floor if check.measured is None else check.measured for check, _ in chosen] or [None],
-        mode="markers",
+        x=[*(x for _, x in chosen), *blank],
+        y=[*(floor if check.measured is None else check.measured for check, _ in chosen), *blank],
+        text=[
+            "not<br>measured" if check.measured is None else f"{check.measured:.2f}" for check, _ in chosen
+        ],
+        textposition=sides or "top center",
+        textfont={"size": 11},
+        cliponaxis=False,
+        mode="markers+text",
         name=word,
         legendgroup=word,
         marker={"size": 12, "color": GOOD if passed else BAD, "symbol": "circle" if passed else "x"},

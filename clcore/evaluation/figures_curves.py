@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from clcore.engine.errors import DataError
-from clcore.evaluation.figures_heatmap import column_axis
+from clcore.evaluation.figures_heatmap import column_axis, column_width
 from clcore.evaluation.figures_style import (
     SCORE_UNIT,
     curve_points,
@@ -26,8 +26,8 @@ from clcore.evaluation.figures_style import (
 
 SCORE_RANGE = (-0.03, 1.03)
 STEP_TITLE = "training step (optimizer updates)"
-MOST_MARKERS = 60
-"""A longer curve is drawn as a line alone."""
+MOST_MARKERS = 20
+"""A longer curve shows its marker at about a dozen points."""
 
 Points = Sequence[tuple[Any, float | None]]
 
@@ -45,25 +45,25 @@ def forgetting_curves_figure(
     """
     tasks = unique_names(list(nonempty(curves, "curves")), "tasks")
     points = {task: curve_points(curves[task], repr(task), 0, 1) for task in tasks}
-    stages = _stages([x for xs, _ in points.values() for x in xs])
+    along = stages([x for xs, _ in points.values() for x in xs])
     figure = go.Figure()
     for i, (task, label) in enumerate(zip(tasks, labels(tasks), strict=True)):
         xs, scores = points[task]
-        positions = xs if stages is None else [stages.index(x) for x in xs]
-        where = [escape(x) for x in xs] if stages else [f"step {x:g}" for x in xs]
+        positions = xs if along is None else [along.index(x) for x in xs]
+        where = [escape(x) for x in xs] if along else [f"step {x:g}" for x in xs]
         figure.add_trace(_curve(i, task, label, positions, scores, where, "score"))
-    if stages is None:
+    if along is None:
         figure.update_xaxes(title_text=escape(x_title or STEP_TITLE))
     else:
-        figure.update_xaxes(title_text=escape(x_title or "after training task"), **column_axis(stages))
-        figure.update_xaxes(range=[-0.3, len(stages) - 0.7])
+        figure.update_xaxes(title_text=escape(x_title or "after training task"), **column_axis(along))
+        figure.update_xaxes(range=[-0.3, len(along) - 0.7])
     figure.update_yaxes(title_text=SCORE_UNIT, range=SCORE_RANGE)
     return finish(
         figure,
         title or "Score on each task as training goes on",
         note="Higher is better. A falling line is forgetting.",
-        height=_legend_height(len(tasks), 420) + (80 if figure.layout.xaxis.tickangle else 0),
-        least_width=620 if stages is None else 440 + 34 * len(stages),
+        height=_legend_height(len(tasks), 360) + (90 if figure.layout.xaxis.tickangle else 0),
+        least_width=620 if along is None else 320 + max(column_width(along) * len(along), 300),
         legend="scored task",
     )
 
@@ -92,7 +92,7 @@ def learning_curves_figure(
     figure.update_xaxes(title_text=escape(x_title))
     low = min(known(everything))
     figure.update_yaxes(title_text=escape(y_title), range=[low * 1.08, upper_limit(everything)])
-    height = _legend_height(len(tasks), 420)
+    height = _legend_height(len(tasks), 360)
     return finish(
         figure,
         title or "Learning curve of each task",
@@ -117,17 +117,15 @@ def training_curves_figure(
     scored = unique_names(scored, "scored tasks")
     columns = min(3, len(trained))
     rows = -(-len(trained) // columns)
-    width = 24 if columns > 1 else 60
-    panels = [f"training {label}" for label in labels(trained, width)]
-    height = _legend_height(len(scored), 170 + 200 * rows if rows > 1 else 420)
+    height = _legend_height(len(scored), 70 + 210 * rows if rows > 1 else 340)
     figure = make_subplots(
         rows=rows,
         cols=columns,
         shared_xaxes="all",
         shared_yaxes="all",
-        subplot_titles=panels,
+        subplot_titles=labels(trained, 22 if columns > 1 else 60),
         horizontal_spacing=0.03,
-        vertical_spacing=min(0.22, 55 / (height - 140)) if rows > 1 else 0,
+        vertical_spacing=55 / (height - 70) if rows > 1 else 0,
         x_title=STEP_TITLE,
         y_title=SCORE_UNIT,
     )
@@ -153,8 +151,9 @@ def training_curves_figure(
     return finish(
         figure,
         title or "Scores while each task is trained",
-        note="Higher is better. A falling line is forgetting while the panel's task is trained.",
+        note="Each panel: while its task is trained. Higher is better. A falling line is forgetting.",
         height=height,
+        panels=True,
         least_width=440 + 170 * columns,
         legend="scored task",
     )
@@ -170,11 +169,11 @@ def _curve(
     quantity: str,
 ) -> go.Scatter:
     style = line_style(index)
-    style["marker"] |= {"maxdisplayed": MOST_MARKERS}
+    style["marker"] |= {"maxdisplayed": 12 if len(xs) > MOST_MARKERS else 0}
     return go.Scatter(
         x=list(xs),
         y=list(values),
-        mode="lines+markers" if len(xs) <= MOST_MARKERS else "lines",
+        mode="lines+markers",
         name=label,
         customdata=list(where),
         hovertemplate=f"{escape(name)}<br>%{{customdata}}<br>{quantity}: %{{y:.4g}}<extra></extra>",
@@ -183,7 +182,7 @@ def _curve(
     )
 
 
-def _stages(xs: Sequence[Any]) -> list[str] | None:
+def stages(xs: Sequence[Any]) -> list[str] | None:
     """Return the names along the axis in order of first appearance, or None if they are numbers."""
     names = [x for x in xs if isinstance(x, str)]
     if not names:
@@ -194,4 +193,4 @@ def _stages(xs: Sequence[Any]) -> list[str] | None:
 
 
 def _legend_height(entries: int, least: int) -> int:
-    return max(least, 150 + 21 * entries)
+    return max(least, 110 + 21 * entries)

@@ -8,11 +8,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale
 
 from clcore.engine.errors import DataError
 from clcore.evaluation.figures_style import (
     AMOUNTS,
     SIGNED,
+    SLANTED,
     colour_bar,
     escape,
     finish,
@@ -24,8 +26,8 @@ from clcore.evaluation.figures_style import (
     wrapped_labels,
 )
 
-MOST_TEXT_COLUMNS = 20
-"""With more columns the cells are too small for text."""
+MOST_TEXT_COLUMNS, MOST_TEXT_ROWS = 20, 64
+"""With more the cells are too small for text, or too many to read."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -46,17 +48,18 @@ class Table:
 
 
 def heat_map(table: Table) -> go.Figure:
-    """Draw a table: first row on top, a blank where nothing was measured, text in contrasting colour.
+    """Draw a table: first row on top, a blank where nothing was measured, text in the cells.
 
     Positions are numbers and names are their labels, so names that look alike once shortened stay apart.
     """
-    return heat_map_figure([heat_map_trace(table)], table)
+    figure = go.Figure(data=heat_map_traces(table))
+    figure.update_xaxes(title_text=escape(table.column_title), **column_axis(table.columns))
+    figure.update_yaxes(title_text=escape(table.row_title), **row_axis(table.rows))
+    return figure
 
 
-def heat_map_trace(table: Table, **options: Any) -> go.Heatmap:
-    """Return the trace of a table for a figure of several."""
-    rows, columns = len(table.rows), len(table.columns)
-    text = table.text or [[number_text(value) for value in row] for row in table.values]
+def heat_map_traces(table: Table, **options: Any) -> list[go.Heatmap | go.Scatter]:
+    """Return the cells of a table and, if they are large enough, their text; options are of the Heatmap."""
     hover = [
         [
             f"{escape(table.row_title)}: {escape(row)}<br>{escape(table.column_title)}: {escape(column)}"
@@ -64,21 +67,16 @@ def heat_map_trace(table: Table, **options: Any) -> go.Heatmap:
         ]
         for row in table.rows
     ]
-    shown = columns <= MOST_TEXT_COLUMNS and rows <= 2 * MOST_TEXT_COLUMNS
-    signed = table.limits[0] < 0
     options = {
         "zmin": table.limits[0],
         "zmax": table.limits[1],
-        "colorscale": SIGNED if signed else AMOUNTS,
+        "colorscale": SIGNED if table.limits[0] < 0 else AMOUNTS,
         "colorbar": colour_bar(table.quantity),
     } | options
-    return go.Heatmap(
-        x=list(range(columns)),
-        y=list(range(rows)),
+    cells = go.Heatmap(
+        x=list(range(len(table.columns))),
+        y=list(range(len(table.rows))),
         z=[list(row) for row in table.values],
-        text=[list(row) for row in text],
-        texttemplate="%{text}" if shown else None,
-        textfont={"size": 12 if columns <= 10 else 10},
         customdata=hover,
         hovertemplate=f"%{{customdata}}<br>{escape(table.quantity)}: %{{z:.4g}}<extra></extra>",
         hoverongaps=False,
@@ -86,30 +84,60 @@ def heat_map_trace(table: Table, **options: Any) -> go.Heatmap:
         ygap=1,
         **options,
     )
+    shown = len(table.columns) <= MOST_TEXT_COLUMNS and len(table.rows) <= MOST_TEXT_ROWS
+    return [cells, _text(table)] if shown else [cells]
 
 
-def heat_map_figure(traces: Sequence[go.Heatmap], table: Table) -> go.Figure:
-    """Put traces on axes that carry the table's names, without size and title."""
-    figure = go.Figure(data=list(traces))
-    figure.update_xaxes(title_text=escape(table.column_title), **column_axis(table.columns))
-    figure.update_yaxes(title_text=escape(table.row_title), **row_axis(table.rows))
-    return figure
+def _text(table: Table) -> go.Scatter:
+    text = table.text or [[number_text(value) for value in row] for row in table.values]
+    found = [
+        (j, i, text[i][j], text_colour(value, table.limits))
+        for i, row in enumerate(table.values)
+        for j, value in enumerate(row)
+        if value is not None
+    ]
+    return go.Scatter(
+        x=[x for x, _, _, _ in found],
+        y=[y for _, y, _, _ in found],
+        text=[word for _, _, word, _ in found],
+        mode="text",
+        textfont={
+            "color": [colour for _, _, _, colour in found],
+            "size": 12 if len(table.columns) <= 10 else 10,
+        },
+        hoverinfo="skip",
+        showlegend=False,
+    )
+
+
+def text_colour(value: float, limits: tuple[float, float]) -> str:
+    """Return black or white, whichever has the higher contrast with the cell (WCAG 2: at least 4.5)."""
+    share = min(max((value - limits[0]) / (limits[1] - limits[0]), 0.0), 1.0)
+    (colour,) = sample_colorscale(SIGNED if limits[0] < 0 else AMOUNTS, [share])
+    light = luminance(colour)
+    return "#000000" if (light + 0.05) / 0.05 >= 1.05 / (light + 0.05) else "#FFFFFF"
+
+
+def luminance(colour: str) -> float:
+    """Return the relative luminance, 0 to 1, of "rgb(r, g, b)" (WCAG 2)."""
+    parts = [float(part) / 255 for part in colour[4:-1].split(",")]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
 
 
 def column_axis(names: Sequence[str]) -> dict[str, Any]:
     """Return the labels of columns: upright and wrapped while they fit, else slanted."""
     longest = max(map(len, names))
     if len(names) <= 6 or longest * len(names) <= 80:
-        text, angle = wrapped_labels(names, 14, 3), 0
+        text, angle = wrapped_labels(names, 14 if len(names) > 3 else 26, 3), 0
     else:
-        text, angle = labels(names, 24), -45
+        text, angle = labels(names, 22), SLANTED
     return _axis(text, len(names)) | {"tickangle": angle, "range": [-0.5, len(names) - 0.5]}
 
 
 def row_axis(names: Sequence[str]) -> dict[str, Any]:
     """Return the labels of rows, the first on top."""
-    text = wrapped_labels(names, 18, 2) if len(names) <= 20 else labels(names)
-    return _axis(text, len(names)) | {"range": [len(names) - 0.5, -0.5]}
+    return _axis(labels(names), len(names)) | {"range": [len(names) - 0.5, -0.5]}
 
 
 def _axis(text: Sequence[str], count: int) -> dict[str, Any]:
@@ -123,15 +151,21 @@ def _axis(text: Sequence[str], count: int) -> dict[str, Any]:
     }
 
 
-def heat_map_size(table: Table) -> dict[str, int]:
-    """Return the height and least width (pixels) at which every cell can be read."""
+def finish_heat_map(figure: go.Figure, table: Table, title: str, note: str = "") -> go.Figure:
+    """Give a heat map its title and the height and least width at which every cell can be read."""
     rows, columns = len(table.rows), len(table.columns)
-    slanted = 130 if column_axis(table.columns)["tickangle"] else 40
-    cell = 34 if columns <= 10 else 30
-    return {
-        "height": 150 + slanted + max(rows * cell, 160),
-        "least_width": 290 + max(columns * 42, 5 * 42),
-    }
+    under = 150 if column_axis(table.columns)["tickangle"] else 60
+    height = 60 + under + max(rows * (34 if columns <= 10 else 30), 190)
+    width = 290 + max(columns * column_width(table.columns), 210)
+    return finish(figure, title, note=note, height=height, least_width=width)
+
+
+def column_width(names: Sequence[str]) -> int:
+    """Return the least distance of columns in pixels at which their labels stay apart."""
+    axis = column_axis(names)
+    if axis["tickangle"]:
+        return 42
+    return 16 + 7 * max(len(line) for text in axis["ticktext"] for line in text.split("<br>"))
 
 
 def similarity_figure(
@@ -169,7 +203,7 @@ def similarity_figure(
         quantity=unit,
         limits=limits,
     )
-    return finish(heat_map(table), title, note=note, **heat_map_size(table))
+    return finish_heat_map(heat_map(table), table, title, note)
 
 
 def square(names: Sequence[str], values: Sequence[Sequence[Any]]) -> list[list[float | None]]:

@@ -11,10 +11,18 @@ from typing import Any
 import plotly.graph_objects as go
 
 from clcore.engine.errors import DataError
-from clcore.evaluation.figures_heatmap import Table, column_axis, heat_map, heat_map_size
+from clcore.evaluation.figures_heatmap import (
+    Table,
+    column_axis,
+    column_width,
+    finish_heat_map,
+    heat_map,
+    row_axis,
+)
 from clcore.evaluation.figures_style import (
     BAD,
     GOOD,
+    INK,
     NEUTRAL,
     SCORE_UNIT,
     escape,
@@ -23,11 +31,10 @@ from clcore.evaluation.figures_style import (
     number,
     unique_names,
     upper_limit,
-    wrapped_labels,
 )
 from clcore.evaluation.scalars import backward_transfer
 
-UNTRAINED = "(untrained)"
+UNTRAINED, MEAN = "(untrained)", "mean (BWT)"
 
 Matrix = Sequence[Sequence[float | None]]
 
@@ -67,16 +74,14 @@ def accuracy_matrix_figure(
     )
     figure = heat_map(table)
     for i in range(len(rows) - first):
-        box = {"x0": i - 0.48, "x1": i + 0.48, "y0": i + first - 0.48, "y1": i + first + 0.48}
+        box = {"x0": i - 0.5, "x1": i + 0.5, "y0": i + first - 0.5, "y1": i + first + 0.5}
         figure.add_shape(type="rect", line={"color": BAD, "width": 2.5}, **box)
     note = "Higher is better. Outlined: the task just trained. Blank: not scored."
     if first:
-        figure.add_hline(y=0.5, line={"color": "#1A1A1A", "width": 3})
+        figure.add_hline(y=0.5, line={"color": INK, "width": 3})
         figure.update_yaxes(ticktext=[f"<i>{UNTRAINED}</i>", *figure.layout.yaxis.ticktext[1:]])
         note += " Above the line: the untrained model."
-    return finish(
-        figure, title or "Score on each task after each training", note=note, **heat_map_size(table)
-    )
+    return finish_heat_map(figure, table, title or "Score on each task after each training", note)
 
 
 def score_row(tasks: Sequence[str], row: Sequence[Any], what: str) -> list[float | None]:
@@ -97,8 +102,8 @@ def score_rows(tasks: Sequence[str], matrix: Sequence[Sequence[Any]]) -> list[li
 def backward_transfer_figure(tasks: Sequence[str], matrix: Matrix, *, title: str | None = None) -> go.Figure:
     """Draw per task what training later tasks did to its score: a[T][j] - a[j][j], T the last trained task.
 
-    Bars left of zero: worse than when it was trained. The dashed line is their mean (BWT), shown if every
-    score that it needs was measured. Raises DataError with fewer than two trained tasks.
+    Bars left of zero: worse than when it was trained. The last bar is their mean (BWT), blank if a score
+    that it needs was not measured. Raises DataError with fewer than two trained tasks.
     """
     tasks = unique_names(tasks, "tasks")
     rows = score_rows(tasks, matrix)
@@ -107,26 +112,26 @@ def backward_transfer_figure(tasks: Sequence[str], matrix: Matrix, *, title: str
     earlier = tasks[: len(rows) - 1]
     values = [_minus(rows[-1][j], rows[j][j]) for j in range(len(earlier))]
     mean = backward_transfer(rows)
-    figure = signed_bars(earlier, values)
-    limit = max([0.1, *(abs(value) for value in known(values))]) * 1.2
-    figure.update_xaxes(title_text="change of score since the task was trained", range=[-limit, limit])
-    figure.update_yaxes(title_text="task")
     note = "Below 0: training later tasks made it worse."
-    if mean is not None:
-        figure.add_vline(x=mean, line={"color": NEUTRAL, "dash": "dash", "width": 2})
-        note += f" Dashed: the mean (backward transfer, {mean:+.3f})."
-    height = 190 + 38 * max(len(earlier), 3)
-    return finish(figure, title or "Backward transfer", note=note, height=height, least_width=480)
+    figure = _signed_bars([*earlier, MEAN], [*values, mean])
+    figure.add_hline(y=len(earlier) - 0.5, line={"color": INK, "width": 1.5})
+    if mean is None:
+        note += " No mean: a score is missing."
+    limit = max([0.1, *(abs(value) for value in known(values))]) * 1.35
+    figure.update_xaxes(title_text="change of score since the task was trained", range=[-limit, limit])
+    height = 100 + 36 * (len(earlier) + 1)
+    return finish(figure, title or "Backward transfer", note=note, height=max(height, 240), least_width=560)
 
 
-def signed_bars(names: Sequence[str], values: Sequence[float | None]) -> go.Figure:
+def _signed_bars(names: Sequence[str], values: Sequence[float | None]) -> go.Figure:
     """Draw one bar per name, the first on top: blue above zero, vermilion below, with signed text."""
     positions = list(range(len(names)))
+    colours = [BAD if value is not None and value < 0 else GOOD for value in values]
     bars = go.Bar(
         orientation="h",
         x=list(values),
         y=positions,
-        marker={"color": [BAD if value is not None and value < 0 else GOOD for value in values]},
+        marker={"color": [*colours[:-1], NEUTRAL]},
         text=["" if value is None else f"{value:+.2f}" for value in values],
         textposition="outside",
         cliponaxis=False,
@@ -134,9 +139,8 @@ def signed_bars(names: Sequence[str], values: Sequence[float | None]) -> go.Figu
         hovertemplate="%{customdata}: %{x:+.4f}<extra></extra>",
     )
     figure = go.Figure(bars)
-    ticks = {"tickmode": "array", "tickvals": positions, "ticktext": wrapped_labels(names, 18, 2)}
-    figure.update_yaxes(range=[len(names) - 0.5, -0.5], showgrid=False, **ticks)
-    figure.update_xaxes(zeroline=True, zerolinecolor="#1A1A1A", zerolinewidth=1.5)
+    figure.update_yaxes(title_text="task", **row_axis(names))
+    figure.update_xaxes(zeroline=True, zerolinecolor=INK, zerolinewidth=1.5)
     return figure
 
 
@@ -161,22 +165,23 @@ def general_ability_figure(
     for j, (start, end) in enumerate(zip(starts, ends, strict=True)):
         if start is not None and end is not None:
             line = {"color": GOOD if end >= start else BAD, "width": 3}
-            figure.add_trace(
-                go.Scatter(
-                    x=[j, j], y=[start, end], mode="lines", line=line, showlegend=False, hoverinfo="skip"
-                )
-            )
-    hover = [escape(name) for name in tasks]
-    series = (("before training", starts, "circle-open"), ("after training", ends, "circle"))
-    for name, values, symbol in series:
+            pair = {"x": [j - 0.15, j + 0.15], "y": [start, end]}
+            figure.add_trace(go.Scatter(**pair, mode="lines", line=line, showlegend=False, hoverinfo="skip"))
+    rose = [(_minus(end, start) or 0.0) >= 0 for start, end in zip(starts, ends, strict=True)]
+    series = (
+        ("before training", starts, -0.15, "circle-open", NEUTRAL),
+        ("after, not lower", _where(ends, rose), 0.15, "triangle-up", GOOD),
+        ("after, lower", _where(ends, [not up for up in rose]), 0.15, "triangle-down", BAD),
+    )
+    for name, values, shift, symbol, colour in series:
         figure.add_trace(
             go.Scatter(
-                x=list(range(len(tasks))),
+                x=[j + shift for j in range(len(tasks))],
                 y=values,
                 mode="markers",
                 name=name,
-                marker={"symbol": symbol, "size": 11, "color": "#1A1A1A", "line": {"width": 2}},
-                customdata=hover,
+                marker={"symbol": symbol, "size": 12, "color": colour, "line": {"width": 2, "color": colour}},
+                customdata=[escape(task) for task in tasks],
                 hovertemplate=f"%{{customdata}}, {name}: %{{y:.4f}}<extra></extra>",
             )
         )
@@ -194,14 +199,18 @@ def general_ability_figure(
     figure.update_xaxes(title_text="task trained", **column_axis(tasks))
     top = min(upper_limit([*starts, *ends, base]), 1.02)
     figure.update_yaxes(title_text="score on general text<br>(1 / perplexity, 0 to 1)", range=[0, top])
-    note = "Higher is better. The line joins before and after: blue rose, orange fell."
+    note = "Higher is better. A line joins before and after training a task."
     return finish(
         figure,
         title or "General ability",
         note=note,
-        height=440 + (90 if figure.layout.xaxis.tickangle else 0),
-        least_width=300 + 36 * len(tasks),
+        height=360 + (90 if figure.layout.xaxis.tickangle else 0),
+        least_width=300 + max(column_width(tasks) * len(tasks), 260),
     )
+
+
+def _where(values: Sequence[float | None], chosen: Sequence[bool]) -> list[float | None]:
+    return [value if here else None for value, here in zip(values, chosen, strict=True)]
 
 
 def _minus(left: float | None, right: float | None) -> float | None:

@@ -22,7 +22,7 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")
 MARKERS = (
     *("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "x", "star"),
-    *("pentagon", "hexagram", "bowtie", "hourglass", "triangle-left", "triangle-right", "circle-x"),
+    *("pentagon", "hexagram", "bowtie", "hourglass", "triangle-left", "triangle-right", "circle-open"),
 )
 FILLS = ("", "/", "x", ".", "+")
 AMOUNTS = "Cividis"
@@ -33,8 +33,10 @@ SCORE_UNIT = "score, 0 to 1"
 NAME_LENGTH = 26
 """Longest name in a legend or on an axis, in characters; the whole name shows on hover."""
 
-MARGIN = {"l": 70, "r": 30, "t": 80, "b": 70}
 GRID = "#D9D9D9"
+INK = "#1A1A1A"
+SLANTED = -45
+"""Angle of labels under an axis when they do not fit side by side."""
 
 
 def category_style(index: int) -> dict[str, Any]:
@@ -81,7 +83,7 @@ def labels(names: Sequence[object], length: int = NAME_LENGTH) -> list[str]:
 
 
 def wrapped_labels(names: Sequence[object], width: int = 14, lines: int = 2) -> list[str]:
-    """Return labels broken into lines at most width characters long, preferably after a dash."""
+    """Return labels broken into lines at most width characters long, preferably after a sign."""
     whole = [html.unescape(label) for label in labels(names, width * lines)]
     return ["<br>".join(map(escape, _lines(label, width))) for label in whole]
 
@@ -89,8 +91,8 @@ def wrapped_labels(names: Sequence[object], width: int = 14, lines: int = 2) -> 
 def _lines(text: str, width: int) -> list[str]:
     pieces = []
     while len(text) > width:
-        cut = max(text.rfind(sign, width // 2, width) for sign in "-_. /")
-        cut = cut + 1 if cut > 0 else width
+        cuts = [max(text.rfind(sign, width // 3, width) for sign in signs) for signs in ("./ ", "-", "_")]
+        cut = next((cut + 1 for cut in cuts if cut > 0), width)
         pieces.append(text[:cut])
         text = text[cut:]
     return [*pieces, text]
@@ -141,8 +143,13 @@ def number_text(value: float | None, digits: int = 2) -> str:
 
 
 def significant_text(value: float | None) -> str:
-    """Return a value in two significant digits, empty if it was not measured."""
-    return "" if value is None else f"{value:.2g}"
+    """Return a value in about two significant digits and at most seven characters; None is empty."""
+    if value is None:
+        return ""
+    if value == 0 or 0.001 <= abs(value) < 10_000:
+        return f"{value:.0f}" if abs(value) >= 99.5 else f"{value:.2g}"
+    mantissa, exponent = f"{value:.1e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 def finish(
@@ -153,15 +160,18 @@ def finish(
     height: int = 440,
     least_width: int = 0,
     legend: str = "",
+    panels: bool = False,
 ) -> go.Figure:
     """Give a figure its title, size and look, and return it.
 
     note is a line under the title; legend the heading of the legend, which stands right of the picture.
-    least_width (pixels) is what the picture needs to stay readable; layout.meta.least_width tells it to the
-    dashboard and to export.
+    panels leaves room for headings of panels. height (pixels) is without title and note. least_width (pixels)
+    is what the picture needs to stay readable; layout.meta.least_width tells it to dashboard and export.
     """
-    head = textwrap.wrap(title, 76) or [""]
-    under = textwrap.wrap(note, 110)
+    head = textwrap.wrap(title, 76, break_on_hyphens=False) or [""]
+    under = textwrap.wrap(note, 120, break_on_hyphens=False)
+    slanted = any(axis.tickangle == SLANTED for axis in figure.select_xaxes())
+    top = 30 + 22 * len(head) + 17 * len(under) + (24 if panels else 0)
     figure.update_layout(
         title={
             "text": "<br>".join(map(escape, head)),
@@ -169,22 +179,32 @@ def finish(
             "x": 0,
             "xref": "container",
             "xanchor": "left",
-            "pad": {"l": 16},
+            # Plotly places the block by its first line and a half: more lines need more room above.
+            "pad": {"l": 16, "t": 14 + 13 * (len(head) - 1)},
             "y": 1,
             "yref": "container",
             "yanchor": "top",
             "font": {"size": 17},
         },
-        height=height + 21 * (len(head) - 1) + 16 * len(under),
-        margin=MARGIN | {"t": 52 + 22 * (len(head) - 1) + 17 * len(under)},
+        height=height + top,
+        margin={"l": 140 if slanted else 70, "r": 30, "t": top, "b": 70},
         template="plotly_white",
-        font={"family": "Arial, Helvetica, DejaVu Sans, sans-serif", "size": 13, "color": "#1A1A1A"},
-        legend={"title": {"text": escape(legend)}, "x": 1.02, "xanchor": "left", "y": 1, "yanchor": "top"},
+        font={"family": "Arial, Helvetica, DejaVu Sans, sans-serif", "size": 13, "color": INK},
+        legend={
+            "title": {"text": escape(legend), "font": {"size": 13}},
+            "x": 1.02,
+            "xanchor": "left",
+            "y": 1,
+            "yanchor": "top",
+            "tracegroupgap": 0,
+            "traceorder": "normal",
+        },
         colorway=COLOURS,
         hoverlabel={"namelength": -1, "align": "left"},
         meta={"title": title, "note": note, "least_width": least_width},
     )
-    axis = {"automargin": True, "gridcolor": GRID, "linecolor": "#737373", "title": {"standoff": 12}}
+    axis = {"automargin": True, "gridcolor": GRID, "linecolor": "#737373"}
+    axis |= {"title": {"standoff": 12, "font": {"size": 14}}}
     figure.update_xaxes(**axis)
     figure.update_yaxes(**axis)
     return figure
@@ -192,7 +212,12 @@ def finish(
 
 def colour_bar(title: str) -> dict[str, Any]:
     """Return a colour bar with its quantity and unit beside it."""
-    return {"title": {"text": escape(title), "side": "right"}, "thickness": 14, "outlinewidth": 0}
+    text = "<br>".join(map(escape, textwrap.wrap(title, 26)))
+    return {
+        "title": {"text": text, "side": "right", "font": {"size": 13}},
+        "thickness": 14,
+        "outlinewidth": 0,
+    }
 
 
 def curve_points(

@@ -88,7 +88,7 @@ def _squad_words(text: str) -> list[str]:
 @functools.cache
 def _rouge_scorer() -> Any:
     # Here, because the import takes a second and most metrics do without.
-    from rouge_score.rouge_scorer import RougeScorer  # type: ignore[import-untyped]
+    from rouge_score.rouge_scorer import RougeScorer
 
     return RougeScorer(["rougeL"], tokenizer=_Words())
 

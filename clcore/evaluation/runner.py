@@ -86,7 +86,8 @@ class Evaluation:
 def row_values(metric: str, rows: Sequence[RowScore]) -> tuple[np.ndarray, bootstrap.Statistic]:
     """Return an array over rows and the statistic whose value on it is the score of the set."""
     if metric == "perplexity":
-        return np.array([[row.nll, row.num_tokens] for row in rows], dtype=float), bootstrap.inverse_perplexity
+        pairs = np.array([[row.nll, row.num_tokens] for row in rows], dtype=float)
+        return pairs, bootstrap.inverse_perplexity
     return np.array([row.score for row in rows], dtype=float), bootstrap.mean
 
 

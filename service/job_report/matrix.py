@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from clcore.evaluation.bootstrap import Interval, inverse_perplexity, matrix_intervals, mean
 
+from clcore.evaluation.bootstrap import Interval, inverse_perplexity, matrix_intervals, mean
 from clcore.evaluation.scalars import matrix_scalars
 from service.adapters.manifest import PREDICTIONS, Manifest
 from service.adapters.storage import Storage

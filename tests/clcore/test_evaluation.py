@@ -37,6 +37,35 @@ def test_every_scalar_of_a_matrix_worked_out_by_hand() -> None:
     assert scalars == pytest.approx(expected)
 
 
+def test_micro_averages_count_every_row_the_same() -> None:
+    scalars = matrix_scalars(MATRIX, BASE, [10, 30, 60, 5])  # the fourth task is not trained yet
+    expected = {
+        "micro_average_accuracy": 0.65,  # (10 * 0.5 + 30 * 0.6 + 60 * 0.7) / 100
+        "micro_learning_accuracy": 0.75,  # (10 * 0.9 + 30 * 0.8 + 60 * 0.7) / 100
+        "micro_forgetting": 0.25,  # (10 * 0.4 + 30 * 0.2) / 40
+        "micro_bwt": -0.25,
+        "micro_fwt": 1 / 6,  # (30 * 0.1 + 60 * 0.2) / 90
+    }
+    assert {name: scalars[name] for name in expected} == pytest.approx(expected)
+    assert {name: scalars[name] for name in scalars if "micro" not in name} == matrix_scalars(MATRIX, BASE)
+    equal = matrix_scalars(MATRIX, BASE, [7, 7, 7])
+    assert all(
+        equal[f"micro_{name}"] == pytest.approx(value)
+        for name, value in scalars.items()
+        if "micro" not in name
+    )
+
+
+def test_micro_averages_of_one_task_or_with_a_missing_score_are_none() -> None:
+    one = matrix_scalars([[0.5, 0.1]], BASE, [3])
+    assert one["micro_average_accuracy"] == 0.5
+    assert [one[f"micro_{name}"] for name in ("forgetting", "bwt", "fwt")] == [None] * 3
+    assert matrix_scalars([[0.5, 0.1], [None, 0.2]], BASE, [3, 4])["micro_average_accuracy"] is None
+    for wrong in ([3], [3, 0]):
+        with pytest.raises(DataError, match="num_rows must be positive for 2 tasks"):
+            matrix_scalars(MATRIX[:2], BASE, wrong)
+
+
 def test_forgetting_counts_from_the_best_score_and_bwt_from_the_tasks_own_row() -> None:
     # task 1: 0.5 when trained, 0.9 after task 2, 0.4 at the end; task 2: 0.7 and then 0.8
     scalars = matrix_scalars([[0.5, 0.0, 0.0], [0.9, 0.7, 0.0], [0.4, 0.8, 1.0]], BASE)

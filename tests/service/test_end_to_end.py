@@ -233,6 +233,12 @@ def test_a_task_appended_to_a_finished_job_is_the_only_one_trained(
     matrix = client.matrix(job["id"])
     assert matrix["tasks"] == ["t0", "t1", "t2"]
     assert all(score is not None for score in matrix["matrix"][2])
+    assert matrix["matrix"][1][2] is not None  # scored before it was trained, so that transfer counts it
+    assert isinstance(matrix["fwt"], float)
+    assert None not in matrix["intervals_95"].values()
+    report = client.report(job["id"], format="md")
+    assert "| t2 | training | " in report
+    assert client.report(job["id"], format="md") == report
     with openai.OpenAI(base_url=f"{running.api_url}/v1", api_key="unused") as served:
         answers = {
             name: served.completions.create(model=name, prompt="a b 3 :", max_tokens=2, temperature=0).model

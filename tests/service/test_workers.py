@@ -14,16 +14,17 @@ from pathlib import Path
 import pytest
 import ray
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from clcore.engine.memory import MemorySession
 from clcore.engine.tasks import encode_row
 from clcore.strategies.replay_experience import ExperienceReplay
-from service.adapters.storage import Storage, events_key, outcome_key, task_key
+from service.adapters.storage import Storage, events_key, outcome_key, task_key, tensorboard_key
 from service.memory.actor import NAMESPACE, actor_name, start_memory
 from service.memory.client import ActorMemory
 from service.memory.rows import RowReader, row_ref
 from service.ray_head import RayHead
-from service.specs import PlannedDataset, RunPlan, StrategySpec
+from service.specs import EvaluationSpec, LoggingSpec, PlannedDataset, RunPlan, StrategySpec
 from service.workers.progress import find_progress, read_manifest
 from tests.service.tiny import letter_rows, put_dataset, put_plan, save_tiny_model
 
@@ -48,7 +49,14 @@ def straight(
 ) -> tuple[Storage, RunPlan]:
     """An uninterrupted run of two tasks on two workers, which other runs are compared with."""
     storage = Storage(f"file://{tmp_path_factory.mktemp('straight')}/storage")
-    plan = put_plan(storage, model, "run_straight", steps=12)
+    plan = put_plan(
+        storage,
+        model,
+        "run_straight",
+        steps=12,
+        evaluation=EvaluationSpec(curve_points=2, curve_rows=4),
+        logging=LoggingSpec(tensorboard=True),
+    )
     process = start_driver(ray_head, storage, plan.run_id, 1)
     assert process.wait(240) == 0
     return storage, plan
@@ -86,6 +94,18 @@ def adapter_bytes(storage: Storage, task_dir: str) -> bytes:
     return storage.read_bytes(f"{task_dir}/adapter/adapter_model.safetensors")
 
 
+def rows_answered_twice(storage: Storage) -> list[tuple[str, int]]:
+    """Return (key, row) of every row that stands in two segments of stored answers."""
+    twice = []
+    for dataset in storage.names("outputs"):
+        for key in storage.names(f"outputs/{dataset}"):
+            folder = f"outputs/{dataset}/{key}"
+            segments = [storage.read_json(f"{folder}/{name}") for name in storage.names(folder)]
+            rows = [row for segment in segments for row, _, _ in segment["rows"]]
+            twice += [(key, row) for row in sorted(set(rows)) if rows.count(row) > 1]
+    return twice
+
+
 def test_a_run_leaves_one_whole_version_per_task(straight: tuple[Storage, RunPlan]) -> None:
     storage, plan = straight
     assert storage.read_json(outcome_key(plan.run_id, 1))["state"] == "succeeded"
@@ -102,6 +122,40 @@ def test_a_run_leaves_one_whole_version_per_task(straight: tuple[Storage, RunPla
     assert str(Path(plan.base_model_path)) not in json.dumps(
         storage.read_json(f"{second.parent_dir}/adapter/adapter_config.json")
     )
+
+
+def test_general_ability_and_curves_stand_in_the_manifest(straight: tuple[Storage, RunPlan]) -> None:
+    storage, plan = straight
+    first, second = (read_manifest(storage, task_key(plan.run_id, 1, i)) for i in (0, 1))
+    assert first.general is not None
+    assert second.general is not None
+    assert (first.general.dataset, first.general.num_rows) == ("default", 100)
+    assert first.general.before == first.general.base == second.general.base
+    assert second.general.before == first.general.after != first.general.before
+    assert [point.step for point in second.curve] == [0, 4, 8, 12]
+    assert [set(point.scores) for point in first.curve] == [{"t0"}] * 4
+    for point, row in ((second.curve[0], first), (second.curve[-1], second)):
+        for name, score in point.scores.items():
+            lines = storage.read_bytes(f"{task_key(plan.run_id, 1, row.task_index)}/predictions/{name}.jsonl")
+            scores = [json.loads(line)["score"] for line in lines.splitlines()]
+            assert score == sum(scores[:4]) / 4  # the first curve_rows rows of the version's own scores
+            assert row.scores[name] == sum(scores) / 7
+    assert rows_answered_twice(storage) == []
+
+
+def test_tensorboard_shows_loss_scores_and_general_ability(straight: tuple[Storage, RunPlan]) -> None:
+    storage, plan = straight
+    board = EventAccumulator(storage.path(tensorboard_key(plan.run_id, 1)))
+    board.Reload()
+    losses = board.Scalars("train/loss")
+    events = [e["data"] for e in read_events(storage, plan.run_id, 1) if e["type"] == "step"]
+    assert [point.step for point in losses] == list(range(1, 25))
+    assert [point.value for point in losses] == pytest.approx([e["loss"] for e in events])
+    second = read_manifest(storage, task_key(plan.run_id, 1, 1))
+    assert second.general is not None
+    assert board.Scalars("score/t0")[-1].value == pytest.approx(second.scores["t0"])
+    assert board.Scalars("general/perplexity")[-1].value == pytest.approx(1 / second.general.after)
+    assert [point.step for point in board.Scalars("curve/t0")] == [4, 8, 16, 20]
 
 
 def test_one_worker_gives_the_adapter_of_two(
@@ -140,9 +194,11 @@ def test_a_driver_killed_before_the_evaluation_of_a_grown_adapter_ends_with_the_
     ray_head: RayHead, model: Path, storage: Storage
 ) -> None:
     strategy = (StrategySpec(type="orthogonal_lora"), StrategySpec(type="experience_replay"))
-    straight = put_plan(storage, model, "run_owner", strategy=strategy)
+    straight = put_plan(storage, model, "run_owner", strategy=strategy, num_eval_rows=300)
     assert start_driver(ray_head, storage, straight.run_id, 1).wait(240) == 0
-    plan = put_plan(storage, model, "run_owner_cut", strategy=strategy)
+    # Longer answers than the straight run's: what that one answered is not found in storage.
+    longer = EvaluationSpec(max_new_tokens=6)
+    plan = put_plan(storage, model, "run_owner_cut", strategy=strategy, num_eval_rows=300, evaluation=longer)
     driver = start_driver(ray_head, storage, plan.run_id, 1)
     checkpoint = f"runs/{plan.run_id}/train/a1/task00001-step000000006/training.json"
     wait_for(lambda: storage.exists(checkpoint), driver)
@@ -157,6 +213,7 @@ def test_a_driver_killed_before_the_evaluation_of_a_grown_adapter_ends_with_the_
     first = load_file(storage.path(f"{task_key(straight.run_id, 1, 0)}/adapter/adapter_model.safetensors"))
     both = load_file(storage.path(f"{folders[0]}/adapter/adapter_model.safetensors"))
     assert all((both[name][: plan.peft.r] == a).all() for name, a in first.items() if "lora_A" in name)
+    assert rows_answered_twice(storage) == []
 
 
 def test_a_bad_row_fails_the_run_with_its_number_and_no_retry(

@@ -12,6 +12,7 @@ from service.adapters.storage import Storage, dataset_key, desired_key, plan_key
 from service.specs import (
     BaseModelSpec,
     EvaluationSpec,
+    LoggingSpec,
     LoraSpec,
     ParentVersion,
     PlannedDataset,
@@ -66,6 +67,9 @@ def put_plan(
     num_workers: int = 2,
     strategy: tuple[StrategySpec, ...] = STRATEGY,
     parent: ParentVersion | None = None,
+    num_eval_rows: int = 7,
+    evaluation: EvaluationSpec | None = None,
+    logging: LoggingSpec | None = None,
     **training: Any,
 ) -> RunPlan:
     """Write the data sets and the plan of a run over tasks first .. first + num_tasks; returns the plan."""
@@ -81,7 +85,7 @@ def put_plan(
             index=index,
             name=f"t{index}",
             dataset=put_dataset(storage, f"ds_train{index}", letter_rows(20, index + 1)),
-            eval_dataset=put_dataset(storage, f"ds_eval{index}", letter_rows(7, index + 1)),
+            eval_dataset=put_dataset(storage, f"ds_eval{index}", letter_rows(num_eval_rows, index + 1)),
             steps=steps,
             training=settings,
         )
@@ -97,7 +101,8 @@ def put_plan(
         tasks=tuple(task(i) for i in range(first, first + num_tasks)),
         earlier_tasks=tuple(task(i) for i in range(first)),
         training=settings,
-        evaluation=EvaluationSpec(),
+        evaluation=evaluation or EvaluationSpec(),
+        logging=logging or LoggingSpec(),
         parent=parent,
     )
     storage.write_bytes(plan_key(run_id), plan.model_dump_json().encode())
