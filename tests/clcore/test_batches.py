@@ -41,7 +41,7 @@ def test_no_split_of_the_sorted_rows_costs_less(seed: int) -> None:
 
 
 def test_on_an_accelerator_there_are_as_few_batches_as_can_be() -> None:
-    lengths = list(range(20, 200, 20))
+    lengths = list(range(50, 500, 50))
     assert len(split(questions(lengths), 4, device=torch.device("cuda"))) == 3
     assert len(split(questions(lengths), 4, device=CPU)) > 3
 

@@ -1,97 +1,117 @@
-"""Bootstrap intervals against every possible resample of a few rows."""
+"""Bootstrap intervals against all resamples of a few rows."""
 
 from __future__ import annotations
 
 import itertools
+import math
 
 import numpy as np
 import pytest
 
 from clcore.engine.errors import ConfigError, DataError
-from clcore.evaluation.bootstrap import interval, inverse_perplexity, matrix_intervals
-from clcore.evaluation.scalars import matrix_scalars
+from clcore.evaluation import Evaluation, RowScore, interval, matrix_intervals, matrix_scalars
+from clcore.evaluation.bootstrap import inverse_perplexity
+
+MANY = 40_000
 
 
-def resamples(num_rows: int) -> list[list[int]]:
-    """All equally likely draws with replacement."""
-    return [list(draw) for draw in itertools.product(range(num_rows), repeat=num_rows)]
+def quantiles(values: list[float], level: float) -> tuple[float, float]:
+    """Return the quantiles of a distribution in which all values are equally likely."""
+    low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2], method="inverted_cdf")
+    return float(low), float(high)
 
 
-def test_the_interval_of_a_mean_is_that_over_all_resamples() -> None:
-    values = np.array([0.0, 0.1, 0.5, 1.0])
-    means = [values[draw].mean() for draw in resamples(4)]  # 256 of them
-    expected = np.quantile(means, [0.1, 0.9])
-    found = interval(values, level=0.8, num_samples=40_000)
-    assert found == pytest.approx(tuple(expected), abs=0.026)  # the grid of means is 0.025 wide
+@pytest.mark.parametrize("rows", [[0.0, 0.5, 1.0], [0.1, 0.2, 0.9, 0.4]])
+@pytest.mark.parametrize("level", [0.5, 0.8, 0.95])
+def test_the_interval_of_a_mean_is_that_of_all_resamples(rows: list[float], level: float) -> None:
+    means = [sum(sample) / len(rows) for sample in itertools.product(rows, repeat=len(rows))]
+    found = interval(rows, level=level, num_samples=MANY)
+    assert found == pytest.approx(quantiles(means, level), abs=0.03)
+    assert found[1] - found[0] > 0.1
 
 
-def test_perplexity_resamples_nll_and_tokens_of_a_row_together() -> None:
-    pairs = np.array([[1.0, 10.0], [8.0, 4.0], [3.0, 3.0]])
-    scores = [np.exp(-pairs[draw][:, 0].sum() / pairs[draw][:, 1].sum()) for draw in resamples(3)]
-    expected = np.quantile(scores, [0.2, 0.8])
-    found = interval(pairs, inverse_perplexity, level=0.6, num_samples=40_000)
-    assert found == pytest.approx(tuple(expected), abs=1e-6)
+def test_the_interval_of_a_perplexity_resamples_rows_and_not_their_ratios() -> None:
+    rows = [(2.0, 2), (18.0, 6), (1.0, 4)]
+    every = [
+        math.exp(-sum(nll for nll, _ in sample) / sum(n for _, n in sample))
+        for sample in itertools.product(rows, repeat=3)
+    ]
+    found = interval(np.array(rows), inverse_perplexity, level=0.8, num_samples=MANY)
+    assert found == pytest.approx(quantiles(every, 0.8), abs=0.02)
+    evaluation = Evaluation("perplexity", tuple(RowScore(i, 0.0, "", "", *row) for i, row in enumerate(rows)))
+    assert evaluation.interval(0.8, MANY) == found
 
 
-def test_the_same_seed_gives_the_same_interval_and_another_seed_another() -> None:
-    values = np.random.default_rng(0).random(50)
-    assert interval(values, seed=3) == interval(values, seed=3)
-    assert interval(values, seed=3) != interval(values, seed=4)
+def test_intervals_of_a_matrix_resample_a_tasks_rows_together_over_all_its_scores() -> None:
+    scores = {
+        (0, 0): [1.0, 1.0, 0.0],
+        (1, 0): [0.0, 1.0, 0.0],
+        (0, 1): [0.0, 0.0, 1.0],
+        (1, 1): [1.0, 0.5, 1.0],
+    }
+    base = {0: [0.0, 0.0, 0.0], 1: [0.0, 0.0, 0.5]}
+    every: dict[str, list[float]] = {}
+    for first, second in itertools.product(itertools.product(range(3), repeat=3), repeat=2):
+        chosen = {0: list(first), 1: list(second)}
 
+        def mean(rows: list[float], j: int, chosen: dict[int, list[int]] = chosen) -> float:
+            return sum(rows[r] for r in chosen[j]) / 3
 
-def test_equal_rows_leave_no_doubt_and_one_row_gives_no_interval() -> None:
-    assert interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
-    assert interval([0.5]) is None
-    assert interval([]) is None
-
-
-def test_bad_settings_are_named() -> None:
-    with pytest.raises(ConfigError, match=r"level must be in \(0, 1\), got 95"):
-        interval([0, 1], level=95)
-    with pytest.raises(ConfigError, match="num_samples must be at least 1, got 0"):
-        interval([0, 1], num_samples=0)
-
-
-def test_scalars_of_a_matrix_resample_a_tasks_rows_for_all_of_its_column() -> None:
-    first = {0: [1, 1, 0], 1: [1, 0, 0]}  # task 0 after tasks 0 and 1
-    second = {0: [0, 0, 1], 1: [1, 1, 1]}
-    base = {0: [0, 0, 0], 1: [0, 1, 0]}
-    scores = {(i, 0): first[i] for i in (0, 1)} | {(i, 1): second[i] for i in (0, 1)}
-
-    def mean(values: list[int], draw: list[int]) -> float:
-        return sum(values[row] for row in draw) / len(draw)
-
-    expected: dict[str, list[float]] = {}
-    for a, b in itertools.product(resamples(3), repeat=2):  # 27 draws of each task's rows
-        matrix = [[mean(first[i], a), mean(second[i], b)] for i in (0, 1)]
-        scalars = matrix_scalars(matrix, [mean(base[0], a), mean(base[1], b)])
-        for name, value in scalars.items():
+        matrix = [[mean(scores[i, j], j) for j in (0, 1)] for i in (0, 1)]
+        for name, value in matrix_scalars(matrix, [mean(base[j], j) for j in (0, 1)]).items():
             assert value is not None
-            expected.setdefault(name, []).append(value)
-    found = matrix_intervals(scores, base, level=0.6, num_samples=20_000)
-    assert set(found) == set(expected)
-    for name, values in expected.items():
-        assert found[name] == pytest.approx(tuple(np.quantile(values, [0.2, 0.8])), abs=1e-9), name
+            every.setdefault(name, []).append(value)
+    found = matrix_intervals(scores, base, level=0.8, num_samples=20_000)
+    assert set(found) == set(every)
+    for name, values in every.items():
+        assert found[name] == pytest.approx(quantiles(values, 0.8), abs=0.03), name
+    # Only row 0 of task 0 was forgotten: forgetting is its share of the resample, 0 to 1. Resampling before
+    # and after apart would reach below 0.
+    forgetting = matrix_intervals(scores, base, level=0.999, num_samples=MANY)["forgetting"]
+    assert forgetting == (0.0, 1.0)
 
 
-def test_forgetting_of_rows_that_did_not_change_is_certain() -> None:
-    rows = [1, 0, 1, 0, 1]
-    scores = {(0, 0): rows, (1, 0): rows, (0, 1): rows, (1, 1): rows}
-    assert matrix_intervals(scores)["forgetting"] == (0.0, 0.0)  # columns drawn apart would say otherwise
+def test_the_same_seed_gives_the_same_interval_and_another_one_another() -> None:
+    rows = list(np.random.default_rng(0).random(50))
+    assert interval(rows, seed=3) == interval(rows, seed=3)
+    assert interval(rows, seed=3) != interval(rows, seed=4)
+    scores = {(0, 0): rows}
+    assert matrix_intervals(scores, seed=3) == matrix_intervals(scores, seed=3)
+    assert matrix_intervals(scores, seed=3) != matrix_intervals(scores, seed=4)
 
 
-def test_what_is_undefined_or_missing_has_no_interval() -> None:
-    one = matrix_intervals({(0, 0): [1, 0, 1]}, {0: [0, 0, 0]})
-    assert one["forgetting"] is one["bwt"] is one["fwt"] is None
-    assert one["average_accuracy"] is not None
-    without_base = matrix_intervals({(i, j): [1, 0, 1] for i in (0, 1) for j in (0, 1)})
-    assert without_base["fwt"] is None
-    assert without_base["bwt"] == (0.0, 0.0)
-    assert set(matrix_intervals({(0, 0): [1]}).values()) == {None}
+def test_drawing_in_parts_draws_the_same_number_of_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, seen = [0.0, 1.0, 1.0], []
+
+    def counting(samples: np.ndarray) -> np.ndarray:
+        seen.append(samples.shape)
+        return samples.mean(axis=1)
+
+    monkeypatch.setattr("clcore.evaluation.bootstrap._AT_ONCE", 30)
+    interval(rows, counting, num_samples=25)
+    assert seen == [(10, 3), (10, 3), (5, 3)]
 
 
-def test_a_task_scored_on_different_rows_is_refused() -> None:
+def test_with_fewer_than_two_rows_or_a_missing_score_there_is_no_interval() -> None:
+    assert interval([]) is None
+    assert interval([0.5]) is None
+    assert interval([0.5, 0.5]) == (0.5, 0.5)
+    assert Evaluation("exact_match", (RowScore(0, 1.0, "", ""),)).interval() is None
+    assert set(matrix_intervals({(0, 0): [1.0]}).values()) == {None}
+    one_task = matrix_intervals({(0, 0): [1.0, 0.0, 1.0]})
+    assert one_task["average_accuracy"] is not None
+    assert [one_task[name] for name in ("forgetting", "bwt", "fwt")] == [None] * 3
+    hole = matrix_intervals({(0, 0): [1.0, 0.0], (1, 0): [0.0, 0.0], (0, 1): [0.0, 0.0]})
+    assert hole["average_accuracy"] is None
+    assert hole["forgetting"] is not None
+
+
+def test_numbers_out_of_range_and_rows_that_do_not_match_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"level must be in \(0, 1\), got 95"):
+        interval([0.0, 1.0], level=95)
+    with pytest.raises(ConfigError, match="num_samples must be at least 1, got 0"):
+        matrix_intervals({(0, 0): [0.0, 1.0]}, num_samples=0)
     with pytest.raises(DataError, match=r"task 0 was scored on different numbers of rows: \[2, 3\]"):
-        matrix_intervals({(0, 0): [1, 0, 1], (1, 0): [1, 0]})
+        matrix_intervals({(0, 0): [0.0, 1.0], (1, 0): [0.0, 1.0, 1.0]})
     with pytest.raises(DataError, match="no row scores"):
         matrix_intervals({})

@@ -1,65 +1,78 @@
-"""General ability: the project's texts, and what is made of their scores."""
+"""General ability: the project's own texts, their perplexity, and what is made of it."""
 
 from __future__ import annotations
 
 import math
+import re
 from typing import Any
 
 import pytest
 
 from clcore.engine.errors import DataError
 from clcore.evaluation import evaluate_general, general_delta, general_rows, general_sha256, relative_drop
-from tests.clcore.eval_models import loud_llama, nll_of
-from tests.clcore.tiny import tiny_tokenizer
+from tests.clcore.eval_models import MAX_LENGTH, MODELS, loud_llama, nll_of
 
 
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    """One token per character."""
-    return tiny_tokenizer()
+def words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.lower())
 
 
-def test_the_projects_texts_are_100_different_ones() -> None:
-    texts = [row["text"] for row in general_rows()]
-    assert len(texts) == len(set(texts)) == 100
-    beginnings = {text[:25] for text in texts}
-    assert len(beginnings) >= 95
-    assert all(90 <= len(text) <= 200 for text in texts), sorted(len(text) for text in texts)
-    assert len(general_sha256()) == 64
+def test_there_are_100_texts_of_a_few_sentences_and_no_two_are_alike() -> None:
+    rows = general_rows()
+    texts = [row["text"] for row in rows]
+    assert len(rows) == 100
+    assert all(set(row) == {"text"} for row in rows)
+    assert len({" ".join(words(text)) for text in texts}) == 100
+    assert len({" ".join(words(text)[:4]) for text in texts}) == 100  # no template
+    assert all(80 <= len(text) <= 240 and text == text.strip() for text in texts)
+    sets = [set(words(text)) for text in texts]
+    overlaps = [len(a & b) / len(a | b) for i, a in enumerate(sets) for b in sets[:i]]
+    assert max(overlaps) < 0.35
+    assert general_sha256() == general_sha256()
+    assert re.fullmatch(r"[0-9a-f]{64}", general_sha256())
 
 
-def test_its_score_is_the_perplexity_of_all_tokens_that_follow_another(tokenizer: Any) -> None:
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("batch_size", [1, 3, 16])
+def test_the_score_of_texts_is_that_of_one_row_at_a_time(name: str, batch_size: int, tokenizer: Any) -> None:
+    model = MODELS[name]()
+    rows = [
+        (i, {"text": text}) for i, text in enumerate(["a b c d", "a b", "x y z a b c 1 2 3", "a b c e f"])
+    ]
+    found = evaluate_general(model, tokenizer, rows, max_length=MAX_LENGTH, batch_size=batch_size)
+    tokens = [tokenizer(row["text"])["input_ids"] for _, row in rows]
+    nlls = [nll_of(model, ids[:1], ids[1:]) for ids in tokens]
+    assert [row.nll for row in found.rows] == pytest.approx(nlls, rel=1e-5)
+    assert [row.num_tokens for row in found.rows] == [3, 1, 8, 4]
+    assert found.score == pytest.approx(math.exp(-sum(nlls) / 16), rel=1e-5)
+
+
+def test_texts_are_cut_and_rows_of_all_kinds_may_stand_together(chat_tokenizer: Any) -> None:
     model = loud_llama()
-    rows = [(0, {"text": "a b c d"}), (1, {"text": "c c d e f g a b"}), (2, {"text": "f a"})]
-    nlls, counts = [], []
-    for _, row in rows:
-        ids = tokenizer(row["text"])["input_ids"]
-        nlls.append(nll_of(model, ids[:1], ids[1:]))
-        counts.append(len(ids) - 1)
-    for batch_size in (1, 2, 16):
-        found = evaluate_general(model, tokenizer, rows, max_length=48, batch_size=batch_size)
-        assert [row.nll for row in found.rows] == pytest.approx(nlls, rel=1e-4)
-        assert [row.num_tokens for row in found.rows] == counts
-        assert found.score == pytest.approx(math.exp(-sum(nlls) / sum(counts)), rel=1e-4)
+    chat = {"messages": [{"role": "user", "content": "a b"}, {"role": "assistant", "content": "c"}]}
+    rows = [(0, {"text": "a b c d e f"}), (1, {"prompt": "a :", "completion": "b"}), (2, chat)]
+    found = evaluate_general(model, chat_tokenizer, rows, max_length=12)
+    assert [row.num_tokens for row in found.rows] == [5, 2, 2]
+    cut = evaluate_general(model, chat_tokenizer, rows[:1], max_length=4).rows[0]
+    ids = chat_tokenizer("a b c d")["input_ids"]
+    assert cut.num_tokens == 3
+    assert cut.nll == pytest.approx(nll_of(model, ids[:1], ids[1:]), rel=1e-5)
+    with pytest.raises(DataError, match="row 5: a text needs at least two tokens"):
+        evaluate_general(model, chat_tokenizer, [(5, {"text": "a"})], max_length=12)
 
 
-def test_long_texts_count_their_first_tokens_and_short_ones_are_refused(tokenizer: Any) -> None:
-    model = loud_llama()
-    cut = evaluate_general(model, tokenizer, [(0, {"text": "a b c d e f g"})], max_length=4)
-    assert cut.rows[0].num_tokens == 3
-    with pytest.raises(DataError, match="row 7: a text needs at least two tokens"):
-        evaluate_general(model, tokenizer, [(7, {"text": "a"})], max_length=4)
+def test_delta_and_relative_drop_average_over_sets_with_opposite_signs() -> None:
+    before, after = {"default": 0.2, "own": 0.04}, {"default": 0.15, "own": 0.05}
+    assert general_delta(0.2, 0.15) == pytest.approx(-0.05)
+    assert relative_drop(0.2, 0.15) == pytest.approx(0.25)
+    assert general_delta(before, after) == pytest.approx((-0.05 + 0.01) / 2)
+    assert relative_drop(before, after) == pytest.approx((0.25 - 0.25) / 2)
 
 
-def test_delta_and_relative_drop_are_means_over_sets() -> None:
-    assert general_delta(0.10, 0.08) == pytest.approx(-0.02)
-    assert relative_drop(0.10, 0.08) == pytest.approx(0.2)
-    before, after = {"one": 0.10, "two": 0.50}, {"one": 0.08, "two": 0.60}
-    assert general_delta(before, after) == pytest.approx((-0.02 + 0.10) / 2)
-    assert relative_drop(before, after) == pytest.approx((0.2 - 0.2) / 2)
-    with pytest.raises(DataError, match="same sets"):
-        general_delta(before, {"one": 0.1})
+def test_scores_of_other_sets_and_a_score_of_0_before_are_refused() -> None:
+    with pytest.raises(DataError, match="scores of the same sets"):
+        general_delta({"a": 0.1}, {"b": 0.1})
     with pytest.raises(DataError, match="both be numbers or both be mappings"):
-        general_delta(before, 0.1)
+        general_delta({"a": 0.1}, 0.1)
     with pytest.raises(DataError, match="positive scores before, got 0"):
-        relative_drop(0, 0.1)
+        relative_drop(0.0, 0.1)
