@@ -297,5 +297,5 @@ def test_every_error_survives_pickling_with_its_message(cls: type[ClError]) -> N
 
 
 def test_user_errors_are_value_errors_or_runtime_errors() -> None:
-    assert len(ERRORS) == 10
+    assert len(ERRORS) == 11
     assert all(issubclass(cls, ValueError | RuntimeError) for cls in ERRORS if cls is not ClError)

@@ -13,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 
-from service.adapters.storage import Storage, dataset_key
+from service.adapters.storage import Storage, dataset_key, outputs_key, plan_key
 from service.datasets import store_rows
 from tests.service.control import NDJSON, Service, wait_until
 
@@ -197,3 +197,31 @@ def test_a_data_set_is_deleted_unless_a_job_uses_it(service: Service) -> None:
     refused = service.client.delete(f"/v1/datasets/{used}")
     assert refused.status_code == 409
     assert service.storage.exists(dataset_key(used))
+
+
+def test_what_models_answered_goes_with_the_data_set(service: Service) -> None:
+    dataset = service.upload("free")
+    answers = f"{outputs_key(dataset)}/{'a' * 64}/x.json"
+    service.storage.write_bytes(answers, b"{}")
+    assert service.client.delete(f"/v1/datasets/{dataset}").status_code == 204
+    assert not service.storage.exists(answers)
+
+
+def test_a_job_may_measure_general_ability_on_a_data_set_which_then_stays(service: Service) -> None:
+    general = service.upload("general")
+    job = service.submit("one", evaluation={"general": general})
+    refused = service.client.delete(f"/v1/datasets/{general}")
+    assert (refused.status_code, refused.json()["code"]) == (409, "dataset_in_use")
+    service.reconciler.tick()
+    planned = service.storage.read_json(plan_key(job["runs"][0]["id"]))["general_dataset"]
+    assert (planned["id"], planned["num_rows"]) == (general, 10)
+
+
+def test_an_unknown_general_set_is_refused_before_anything_is_stored(service: Service) -> None:
+    body = service.job_body("one", evaluation={"general": "ds_nothing"})
+    before = service.holdings()
+    refused = service.client.post("/v1/jobs", json=body)
+    assert refused.status_code == 422
+    assert refused.json()["errors"][0]["pointer"] == "/evaluation/general"
+    assert "'ds_nothing'" in refused.json()["detail"]
+    assert service.holdings() == before
