@@ -13,7 +13,6 @@ from clcore.evaluation.eval_visualization import (
     learning_curves_figure,
     training_curves_figure,
 )
-
 from service.job_report.facts import Facts
 
 if TYPE_CHECKING:

@@ -11,12 +11,13 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
-from clcore.evaluation.cache import Stored, output_key
-from clcore.evaluation.general import GENERAL_NAME, evaluate_general, general_rows, general_sha256
-from clcore.evaluation.runner import RowScore, evaluate, set_score
 
 from clcore.engine import parallel
 from clcore.engine.params import Params
+from clcore.evaluation.cache import Stored, output_key
+from clcore.evaluation.general import GENERAL_NAME, evaluate_general, general_rows, general_sha256
+from clcore.evaluation.questions import label_set, longest_answer
+from clcore.evaluation.runner import RowScore, evaluate, set_score
 from service.adapters.manifest import CurvePoint, GeneralScores
 from service.specs import PlannedTask
 from service.workers.outputs import StoredOutputs
@@ -45,9 +46,12 @@ def score_task(
     spec = worker.plan.evaluation
     every = read_rows(worker.storage, task.eval_dataset)
     rows = every[: spec.max_rows]
-    labels = sorted({_reference(row) for row in rows}) if spec.metric == "likelihood" else None
-    longest = spec.max_new_tokens or _longest_answer(worker, rows)
-    decoding = {"max_length": task.training.max_length, "max_new_tokens": longest, "labels": labels}
+    # Over all rows: neither may depend on a worker's share.
+    numbered = list(enumerate(rows))
+    labels = label_set(numbered) if spec.metric == "likelihood" else None
+    max_length = task.training.max_length
+    longest = spec.max_new_tokens or longest_answer(numbered, worker.loaded.tokenizer, max_length)
+    decoding = {"max_length": max_length, "max_new_tokens": longest, "labels": labels}
     rows = rows[:max_rows]
     mine = _share(rows)
 
@@ -63,7 +67,7 @@ def score_task(
         worker.loaded.tokenizer,
         mine,
         spec.metric,
-        max_length=task.training.max_length,
+        max_length=max_length,
         batch_size=spec.batch_size,
         max_new_tokens=longest,
         labels=labels,
@@ -165,17 +169,6 @@ def _adapter_sha256(worker: Worker) -> str:
 def _share(rows: Sequence[Mapping[str, Any]]) -> Rows:
     """Return this worker's rows with their numbers."""
     return list(enumerate(rows))[parallel.rank() :: parallel.world_size()]
-
-
-def _reference(row: Mapping[str, Any]) -> str:
-    return str(row["messages"][-1]["content"] if "messages" in row else row["completion"])
-
-
-def _longest_answer(worker: Worker, rows: Sequence[Mapping[str, Any]]) -> int:
-    """Tokens of the longest reference over all rows: the limit must not depend on a worker's share."""
-    tokenizer = worker.loaded.tokenizer
-    texts = [_reference(row) for row in rows]
-    return max(len(tokenizer(text, add_special_tokens=False)["input_ids"]) for text in texts) + 1
 
 
 def _on_rank0(rows: Scored) -> Scored:

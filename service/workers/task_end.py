@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
-from clcore.evaluation.runner import set_score
 
 from clcore.engine import parallel
 from clcore.engine.tasks import DataFormat, row_format
+from clcore.evaluation.runner import set_score
 from service.adapters.manifest import MANIFEST_NAME, PREDICTIONS, CurvePoint, Manifest, ManifestFile
 from service.adapters.storage import task_key
 from service.specs import PlannedTask
