@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from rich.console import Console
 from rich.markup import escape
 from rich.panel import Panel
-from rich.table import Table
+from rich.table import Column, Table
 
 from service.client import ApiError, Client
 from service.settings import Settings
@@ -201,8 +201,10 @@ def submit(
     with connect() as client:
         given = spec.get("tasks")
         found = given if isinstance(given, list) else []
-        with local_datasets(found, file.parent, client, progress=out.print) as tasks:
-            job = client.submit({**spec, "tasks": tasks} if isinstance(given, list) else spec)
+        parts = [*found, spec.get("evaluation")]
+        with local_datasets(parts, file.parent, client, progress=out.print) as [*tasks, evaluation]:
+            resolved = {"tasks": tasks if isinstance(given, list) else given, "evaluation": evaluation}
+            job = client.submit({**spec, **{name: value for name, value in resolved.items() if name in spec}})
         out.print(f"job {job['id']} trains adapter {job['adapter']}")
         if watch_it:
             _watch(client, job["id"])
@@ -244,7 +246,7 @@ def jobs(limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newe
     if not found:
         out.print("no jobs yet; submit one with: clpeft submit JOB.yaml")
         return
-    table = Table("job", "name", "adapter", "state", "tasks", "created")
+    table = Table(Column("job", no_wrap=True), "name", "adapter", "state", "tasks", "created")
     for job in found:
         tasks = f"{job['num_committed']}/{job['num_tasks']}"
         table.add_row(job["id"], job["name"], job["adapter"], job["state"], tasks, job["created_at"][:19])

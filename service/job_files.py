@@ -13,7 +13,8 @@ import yaml
 
 from service.client import ApiError, Client
 
-DATASET_FIELDS = ("dataset", "eval_dataset")
+DATASET_FIELDS = ("dataset", "eval_dataset", "general")
+"""Of a task, and of a job's evaluation, where "default" is no file."""
 
 
 class JobFileError(ApiError):
@@ -39,16 +40,18 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def local_datasets(
-    tasks: list[Any], folder: Path, client: Client, *, progress: Callable[[str], None]
+    parts: list[Any], folder: Path, client: Client, *, progress: Callable[[str], None]
 ) -> Iterator[list[Any]]:
-    """Give the tasks with file paths, relative to folder, replaced by the ids of uploaded data sets.
+    """Give tasks, and a job's evaluation, with file paths replaced by the ids of uploaded data sets.
+
+    Paths are relative to folder.
 
     All files are looked up before the first upload, and what was uploaded is deleted again when the service
     refuses what the block sends. Raises JobFileError for a file that is not there.
     """
     ids: dict[str, str] = {}
     try:
-        yield _upload(tasks, folder, client, progress, ids)
+        yield _upload(parts, folder, client, progress, ids)
     except ApiError as error:
         if error.status:  # refused; without an answer the job may be there and need them
             for dataset_id in ids.values():
@@ -57,25 +60,32 @@ def local_datasets(
 
 
 def _upload(
-    tasks: list[Any], folder: Path, client: Client, progress: Callable[[str], None], ids: dict[str, str]
+    parts: list[Any], folder: Path, client: Client, progress: Callable[[str], None], ids: dict[str, str]
 ) -> list[Any]:
     found: dict[str, Path] = {}
-    for task in tasks:
+    for part in parts:
         for field in DATASET_FIELDS:
-            value = task.get(field) if isinstance(task, dict) else None
-            if isinstance(value, str) and not re.fullmatch(r"ds_[0-9a-z]+", value):
-                found[value] = _find_file(value, folder, f"{field} of task {task.get('name')!r}")
+            value = part.get(field) if isinstance(part, dict) else None
+            if isinstance(value, str) and not re.fullmatch(r"ds_[0-9a-z]+|default", value):
+                where = (
+                    "evaluation.general" if field == "general" else f"{field} of task {part.get('name')!r}"
+                )
+                found[value] = _find_file(value, folder, where)
     for value, path in found.items():
         name = re.sub(r"[^a-z0-9_-]+", "-", f"{path.parent.name}-{path.stem}".lower()).strip("-_")[:63]
         dataset = client.upload_dataset(name or "dataset", path)
         progress(f"uploaded {value}: {dataset['num_rows']} rows")
         ids[value] = dataset["id"]
     return [
-        {**task, **{field: ids[task[field]] for field in DATASET_FIELDS if task.get(field) in ids}}
-        if isinstance(task, dict)
-        else task
-        for task in tasks
+        {**part, **{field: ids[part[field]] for field in DATASET_FIELDS if _is_one_of(part.get(field), ids)}}
+        if isinstance(part, dict)
+        else part
+        for part in parts
     ]
+
+
+def _is_one_of(value: Any, ids: dict[str, str]) -> bool:
+    return isinstance(value, str) and value in ids
 
 
 def _find_file(value: str, folder: Path, where: str) -> Path:

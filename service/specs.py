@@ -145,13 +145,20 @@ class EvaluationSpec(Spec):
     batch_size: StrictInt = Field(16, ge=1, le=4096)
     max_new_tokens: StrictInt | None = Field(None, ge=1, le=4096)
     """None takes the longest reference answer plus its end token."""
-    general: Literal["default"] | DatasetId | None = "default"
+    general: str | None = "default"
     """What general ability is measured on, by perplexity: "default" is a set of texts that comes with the
     project, a data set's id takes your own rows, None measures nothing."""
     curve_points: StrictInt = Field(0, ge=0, le=100)
     """How often the tasks are scored while a task trains, evenly spread over its steps; 0 never does."""
     curve_rows: StrictInt = Field(32, ge=1)
     """Rows of each task that a point of such a curve scores."""
+
+    @field_validator("general")
+    @classmethod
+    def _default_or_data_set(cls, general: str | None) -> str | None:
+        if general is not None and not re.fullmatch(r"default|ds_[0-9a-z]{1,40}", general):
+            raise ValueError("must be 'default', the id of a data set (ds_...) or null")
+        return general
 
 
 class LoggingSpec(Spec):

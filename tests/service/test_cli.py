@@ -87,7 +87,7 @@ def finish(service: Service, job_id: str) -> None:
 
 def test_help_names_every_command_and_each_has_a_help_text(tmp_path: Path) -> None:
     commands = ["up", "down", "status", "submit", "append", "watch", "jobs", "matrix", "cancel", "adapters"]
-    commands += ["chat", "model", "demo"]
+    commands += ["chat", "model", "demo", "report"]
     shown = clpeft("--help", home=tmp_path)
     assert shown.returncode == 0
     for command in commands:
@@ -107,10 +107,29 @@ def test_submit_uploads_local_files_once_and_sends_their_ids(service: Service, t
     assert service.storage.read_bytes(dataset_key(dataset["id"])).count(b"\n") == 2
 
 
+def test_general_ability_may_be_measured_on_a_local_file(service: Service, tmp_path: Path) -> None:
+    path = job_file(tmp_path, evaluation={"general": "data/train.jsonl"})
+    done = clpeft("submit", str(path), home=tmp_path, url=url_of(service))
+    assert done.returncode == 0, done.stderr
+    [job] = service.client.get("/v1/jobs").json()["data"]
+    [dataset] = service.client.get("/v1/datasets").json()["data"]
+    assert service.job(job["id"])["spec"]["evaluation"]["general"] == dataset["id"]
+    listed = clpeft("jobs", home=tmp_path, url=url_of(service))
+    assert job["id"] in listed.stdout  # whole, in 80 columns
+
+
 @pytest.mark.parametrize(
     ("text", "error"),
     [
         ("name: [", "is not YAML"),
+        (
+            "{name: a, base_model: {id: tiny}, evaluation: {general: none.jsonl}, tasks: []}",
+            "evaluation.general: 'none.jsonl' is neither the id of a data set (ds_...) nor a file at",
+        ),
+        (
+            "{name: a, base_model: {id: tiny}, evaluation: {general: 7}, tasks: [{name: a, dataset: ds_1}]}",
+            "/evaluation/general",
+        ),
         ("- a list", "must hold fields such as 'name:', not list"),
         (
             "{name: a, base_model: {id: tiny}, tasks: [{name: one, dataset: none.jsonl}]}",
