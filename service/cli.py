@@ -300,6 +300,16 @@ def cancel(job: Annotated[str, typer.Argument(metavar="JOB")]) -> None:
     out.print(f"job {job} is {found['state']}")
 
 
+@app.command(rich_help_panel=JOBS)
+def retry(
+    job: Annotated[str, typer.Argument(metavar="JOB", help="Id of a failed or cancelled job.")],
+) -> None:
+    """Train the tasks that a failed or cancelled job has left, in a new run."""
+    with connect() as client:
+        found = client.retry(job)
+    out.print(f"job {job} is {found['state']}; follow it with: clpeft watch {job}", soft_wrap=True)
+
+
 def _watch(client: Client, job_id: str) -> None:
     from service.show import matrix_table, scalars_table, show_events
 

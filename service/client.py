@@ -112,6 +112,10 @@ class Client:
         """Ask a job to stop at its next step."""
         return self._call("POST", f"/v1/jobs/{_part(job_id)}:cancel")
 
+    def retry(self, job_id: str) -> Json:
+        """Train what a failed or cancelled job has left, in a new run."""
+        return self._call("POST", f"/v1/jobs/{_part(job_id)}:retry")
+
     def matrix(self, job_id: str) -> Json:
         """Return the accuracy matrix with average accuracy, forgetting, BWT and FWT."""
         return self._call("GET", f"/v1/jobs/{_part(job_id)}/eval-matrix")

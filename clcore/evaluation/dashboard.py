@@ -33,8 +33,9 @@ a { color: #00528f; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; margin: .6rem 0 1rem; font-size: .93rem;
   font-variant-numeric: tabular-nums; }
-th, td { border-bottom: 1px solid #d0d0d0; padding: .35rem .7rem; text-align: right; }
-th:first-child, td:first-child { text-align: left; }
+th, td { border-bottom: 1px solid #d0d0d0; padding: .35rem .7rem; text-align: right; vertical-align: top; }
+th:first-child, td:first-child, .text { text-align: left; }
+.wide th, .wide td { overflow-wrap: normal; white-space: nowrap; }
 thead th { border-bottom: 2px solid #1a1a1a; }
 caption { text-align: left; font-weight: bold; padding-bottom: .3rem; }
 code, pre { font-family: "DejaVu Sans Mono", Consolas, monospace; font-size: .88em; }
@@ -73,7 +74,8 @@ def dashboard_html(sections: Sequence[Section], *, title: str) -> str:
     sections: (heading, text, figure or None); without a heading a section goes on with the one before. title
     and heading are plain text and are escaped here; text is HTML and stands as it is: who writes it escapes
     what came from others (html.escape). A figure's title and the line below become the caption of its
-    picture. Tables in text get their look here; put a wide one into <div class="wide">, which scrolls.
+    picture. Tables in text get their look here: a cell of class "text" stands on the left; put a wide
+    table into <div class="wide">, which scrolls.
     """
     links, bodies, pictures = [], [], []
     for i, (heading, text, figure) in enumerate(sections, start=1):

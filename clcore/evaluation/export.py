@@ -58,7 +58,7 @@ def write_image(
 ) -> Path:
     """Write a figure as an image; the ending of path says which of FORMATS. As image_bytes otherwise."""
     path = Path(path)
-    _check_folder(path)
+    check_folder(path)
     path.write_bytes(image_bytes(figure, _kind(path), width=width, height=height, scale=scale))
     return path
 
@@ -76,7 +76,7 @@ def write_images(figures: Mapping[str | Path, go.Figure], *, scale: float = 2.0)
         for path, figure in zip(paths, figures.values(), strict=True)
     ]
     for path in paths:
-        _check_folder(path)
+        check_folder(path)
     try:
         kaleido.write_fig_from_object_sync(jobs, kopts={"mathjax": False})
     except Exception as error:
@@ -84,7 +84,8 @@ def write_images(figures: Mapping[str | Path, go.Figure], *, scale: float = 2.0)
     return paths
 
 
-def _check_folder(path: Path) -> None:
+def check_folder(path: Path) -> None:
+    """Raise ConfigError unless the folder that path is to be written to is there."""
     if not path.parent.is_dir():
         raise ConfigError(f"no folder {str(path.parent)!r} to write {path.name!r} to")
 

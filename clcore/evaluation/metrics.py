@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import numbers
 import re
 import string
 from collections import Counter
@@ -72,10 +73,12 @@ def text_metric(metric: str | TextMetric) -> TextMetric:
     name = metric_name(metric)
 
     def checked(answer: str, reference: str) -> float:
-        score = float(metric(answer, reference))
-        if not (math.isfinite(score) and 0 <= score <= 1):
-            raise DataError(f"metric {name!r} must return a number in 0..1, got {score} for {answer[:60]!r}")
-        return score
+        score = metric(answer, reference)
+        if not (isinstance(score, numbers.Real) and math.isfinite(score) and 0 <= score <= 1):
+            raise DataError(
+                f"metric {name!r} must return a number in 0..1, got {score!r} for the answer {answer[:60]!r}"
+            )
+        return float(score)
 
     return checked
 

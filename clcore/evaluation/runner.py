@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from typing import Any
 
@@ -133,6 +133,8 @@ def evaluate(
     if max_new_tokens is not None and max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
     name, family = metric_name(metric), metric_family(metric)
+    if any(isinstance(entry, Mapping) or len(entry) != 2 for entry in rows):
+        raise DataError("rows must be pairs (number, row), as list(enumerate(rows)) makes them")
     if len({number for number, _ in rows}) != len(rows):
         raise DataError("a row number stands twice among the rows")
     if not rows:

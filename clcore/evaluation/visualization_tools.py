@@ -12,6 +12,7 @@ import plotly.graph_objects as go
 from clcore.engine.errors import ConfigError, DataError
 from clcore.evaluation.adapter_geometry import Snapshot, distance, embed, inner_products
 from clcore.evaluation.dashboard import Section, dashboard_html
+from clcore.evaluation.export import check_folder
 from clcore.evaluation.figures_curves import forgetting_curves_figure
 from clcore.evaluation.figures_parameters import (
     adapter_embedding_figure,
@@ -189,6 +190,7 @@ def create_visualization_dashboard(
     ]
     page = dashboard_html(sections, title=title)
     if output is not None:
+        check_folder(Path(output))
         Path(output).write_text(page, encoding="utf-8")
     return page
 

@@ -12,7 +12,7 @@ from service.adapters.registry import versions_of
 from service.adapters.storage import Storage
 from service.api.deps import SessionsDep, StorageDep
 from service.api.views import EvalMatrix
-from service.errors import NotFound
+from service.errors import Invalid, NotFound
 from service.job_report.facts import Facts, read_facts
 from service.job_report.matrix import matrix_of
 from service.job_report.write import MEDIA_TYPES, WRITERS, ReportFormat
@@ -43,8 +43,13 @@ def report(
     baseline: Annotated[str | None, Query(description="id of a job to compare with")] = None,
 ) -> Response:
     """Write a report from what is stored: scores, curves, costs, data, configuration, lineage."""
+    if baseline == job_id:
+        raise Invalid(f"baseline: {baseline!r} is the job itself; give another job's id")
     facts = _facts(sessions, storage, job_id)
-    other = _facts(sessions, storage, baseline) if baseline is not None else None
+    try:
+        other = _facts(sessions, storage, baseline) if baseline is not None else None
+    except NotFound as error:
+        raise NotFound(f"baseline: {error.detail}", code=error.code) from error
     return Response(WRITERS[format](facts, other), media_type=MEDIA_TYPES[format])
 
 

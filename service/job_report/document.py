@@ -78,7 +78,11 @@ def sections(facts: Facts, baseline: Facts | None = None) -> list[Section]:
 def summary(facts: Facts) -> str:
     """Say in two sentences how the job went."""
     accuracy, names = facts["accuracy"], facts["accuracy"]["tasks"]
-    words = f"{len(names)} task{'s' if len(names) > 1 else ''} trained; v{len(names)} is the newest version."
+    planned = facts["num_planned_tasks"]
+    of_all = f" of {planned}" if planned > len(names) else ""
+    words = (
+        f"{len(names)}{of_all} task{'s' if planned > 1 else ''} trained; v{len(names)} is the newest version."
+    )
     words += f" Average accuracy {_with_interval(accuracy, 'average_accuracy')}"
     if accuracy["forgetting"] is not None:
         words += f", forgetting {_with_interval(accuracy, 'forgetting')}"
@@ -95,7 +99,7 @@ def _accuracy(facts: Facts) -> list[Block]:
     accuracy = facts["accuracy"]
     rows = []
     if any(score is not None for score in accuracy["base_scores"]):
-        rows.append(["(nothing)", *map(number, accuracy["base_scores"])])
+        rows.append(["(untrained)", *map(number, accuracy["base_scores"])])
     rows += [
         [name, *map(number, row)] for name, row in zip(accuracy["tasks"], accuracy["matrix"], strict=True)
     ]
@@ -126,14 +130,17 @@ def _some_rows(rows: Sequence[int]) -> str:
 
 def _comparison(facts: Facts, baseline: Facts) -> list[Block]:
     mine, other = facts["accuracy"], baseline["accuracy"]
+    metrics = [found["configuration"]["evaluation"]["metric"] for found in (facts, baseline)]
     rows = []
     for key, words, _ in SCALARS:
         values = (mine[key], other[key])
-        difference = None if None in values else values[0] - values[1]
+        difference = None if None in values or metrics[0] != metrics[1] else values[0] - values[1]
         rows.append([words, _with_interval(mine, key), _with_interval(other, key), signed(difference)])
     blocks: list[Block] = [
         Table(["figure", facts["job_id"], f"baseline {baseline['job_id']}", "difference"], rows)
     ]
+    if metrics[0] != metrics[1]:
+        blocks.append(f"No difference is taken between scores by {metrics[0]} and by {metrics[1]}.")
     different = _differences(facts, baseline)
     if different:
         blocks.append(f"The two jobs differ in more than their scores: {'; '.join(different)}.")
@@ -148,6 +155,8 @@ def _differences(facts: Facts, baseline: Facts) -> list[str]:
     sets = [[task["eval_dataset"]["sha256"] for task in f["tasks"]] for f in (facts, baseline)]
     if sets[0] != sets[1]:
         found.append("evaluation rows")
+    if [task["steps"] for task in facts["tasks"]] != [task["steps"] for task in baseline["tasks"]]:
+        found.append("training steps")
     mine, other = facts["configuration"], baseline["configuration"]
     found += [name.replace("_", " ") for name in mine if mine[name] != other[name]]
     return found
@@ -189,14 +198,20 @@ def _training(facts: Facts) -> list[Block]:
 
 
 def _costs(facts: Facts) -> list[Block]:
-    heads = ["task", "training (s)", "of it strategy (s)", "evaluation (s)"]
-    names = ("train_s", "strategy_s", "evaluate_s")
+    heads = ["task", "training (s)", "strategy (s)", "evaluation (s)", "all (s)"]
+    parts = {task: seconds_of(found) for task, found in facts["costs_s"].items()}
     rows = [
-        [task, *(f"{found.get(name, 0):.1f}" for name in names)] for task, found in facts["costs_s"].items()
+        [task, *(f"{s:.1f}" for s in (*found.values(), sum(found.values())))] for task, found in parts.items()
     ]
-    total = [sum(found.get(name, 0) for found in facts["costs_s"].values()) for name in names]
-    rows.append(["all", *(f"{seconds:.1f}" for seconds in total)])
+    totals = [sum(found[name] for found in parts.values()) for name in ("training", "strategy", "evaluation")]
+    rows.append(["all", *(f"{seconds:.1f}" for seconds in (*totals, sum(totals)))])
     return [Picture("costs"), Table(heads, rows)]
+
+
+def seconds_of(costs: Mapping[str, float | None]) -> dict[str, float]:
+    """Split a task's wall time: the strategy's part is taken out of the training's."""
+    train, strategy, evaluate = (costs.get(name) or 0.0 for name in ("train_s", "strategy_s", "evaluate_s"))
+    return {"training": train - strategy, "strategy": strategy, "evaluation": evaluate}
 
 
 def _tasks(facts: Facts) -> Table:

@@ -42,6 +42,7 @@ def read_facts(storage: Storage, task_dirs: Sequence[str]) -> Facts:
             "training": plan.training.model_dump(mode="json"),
             "evaluation": plan.evaluation.model_dump(mode="json"),
         },
+        "num_planned_tasks": len(planned),
         "tasks": [
             planned[m.task_index].model_dump(mode="json") | {"data_format": m.data_format} for m in manifests
         ],

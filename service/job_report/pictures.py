@@ -13,6 +13,7 @@ from clcore.evaluation.eval_visualization import (
     learning_curves_figure,
     training_curves_figure,
 )
+from service.job_report.document import seconds_of
 from service.job_report.facts import Facts
 
 if TYPE_CHECKING:
@@ -73,16 +74,7 @@ def _general(facts: Facts) -> Figure | None:
 
 
 def _costs(facts: Facts) -> Figure:
-    return cost_figure(
-        {
-            task: {
-                "training": found.get("train_s", 0.0) - found.get("strategy_s", 0.0),
-                "strategy": found.get("strategy_s", 0.0),
-                "evaluation": found.get("evaluate_s", 0.0),
-            }
-            for task, found in facts["costs_s"].items()
-        }
-    )
+    return cost_figure({task: seconds_of(found) for task, found in facts["costs_s"].items()})
 
 
 _PICTURES: dict[str, Callable[[Facts], Figure | None]] = {

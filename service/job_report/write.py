@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import html
 import json
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from service.job_report.document import Block, Code, Picture, Section, Table, sections, title
@@ -12,6 +13,9 @@ from service.job_report.facts import Facts
 
 if TYPE_CHECKING:
     from plotly.graph_objects import Figure
+
+_NUMBER = re.compile(r"-|[-+]?\d+(\.\d+)?(e[-+]?\d+)?( %)?( \[.*\])?")
+"""A number as the document writes it, with its interval if there is one; a dash is none."""
 
 ReportFormat = Literal["html", "md", "json"]
 
@@ -88,12 +92,25 @@ def _html_parts(section: Section, facts: Facts) -> list[tuple[str, str, Figure |
 
 def _html(block: Block) -> str:
     if isinstance(block, Table):
-        head = "".join(f"<th>{html.escape(cell)}</th>" for cell in block.heads)
-        rows = "".join(
-            "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in block.rows
-        )
-        table = f"<table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        kinds = [_kind([row[i] for row in block.rows]) for i in range(len(block.heads))]
+        head, *rows = (_html_row(line, kinds, tag) for line, tag in _tagged(block))
+        body = "".join(rows)
+        table = f"<table><thead>{head}</thead><tbody>{body}</tbody></table>"
         return f'<div class="wide">{table}</div>'
     if isinstance(block, Code):
         return f"<pre>{html.escape(block.text)}</pre>"
     return f"<p>{html.escape(str(block))}</p>"
+
+
+def _tagged(table: Table) -> list[tuple[Sequence[str], str]]:
+    return [(table.heads, "th"), *((row, "td") for row in table.rows)]
+
+
+def _html_row(cells: Sequence[str], kinds: Sequence[str], tag: str) -> str:
+    pairs = zip(cells, kinds, strict=True)
+    return "<tr>" + "".join(f"<{tag}{kind}>{html.escape(cell)}</{tag}>" for cell, kind in pairs) + "</tr>"
+
+
+def _kind(column: Sequence[str]) -> str:
+    """Numbers stand on the right, everything else on the left."""
+    return "" if all(_NUMBER.fullmatch(cell) for cell in column) else ' class="text"'

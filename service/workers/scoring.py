@@ -7,12 +7,14 @@ answered again: not after a crash, and not for the same adapter in another run.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
 
 from clcore.engine import parallel
+from clcore.engine.errors import DataError
 from clcore.engine.params import Params
 from clcore.evaluation.cache import Stored, output_key
 from clcore.evaluation.general import GENERAL_NAME, evaluate_general, general_rows, general_sha256
@@ -50,7 +52,8 @@ def score_task(
     numbered = list(enumerate(rows))
     labels = label_set(numbered) if spec.metric == "likelihood" else None
     max_length = task.training.max_length
-    longest = spec.max_new_tokens or longest_answer(numbered, worker.loaded.tokenizer, max_length)
+    with _naming(task.name, spec.metric):
+        longest = spec.max_new_tokens or longest_answer(numbered, worker.loaded.tokenizer, max_length)
     decoding = {"max_length": max_length, "max_new_tokens": longest, "labels": labels}
     rows = rows[:max_rows]
     mine = _share(rows)
@@ -62,23 +65,24 @@ def score_task(
                 "task.evaluating", flush=False, task=task.name, done_rows=done_rows, num_rows=len(rows)
             )
 
-    found = evaluate(
-        worker.loaded.model,
-        worker.loaded.tokenizer,
-        mine,
-        spec.metric,
-        max_length=max_length,
-        batch_size=spec.batch_size,
-        max_new_tokens=longest,
-        labels=labels,
-        with_adapter=with_adapter,
-        stored=_stored(
-            worker, task.eval_dataset.id, task.eval_dataset.sha256, spec.metric, decoding, with_adapter
+    kept = None
+    if stored:
+        data, metric = task.eval_dataset, spec.metric
+        kept = _stored(worker, data.id, data.sha256, metric, decoding, with_adapter)
+    with _naming(task.name, spec.metric):
+        found = evaluate(
+            worker.loaded.model,
+            worker.loaded.tokenizer,
+            mine,
+            spec.metric,
+            max_length=max_length,
+            batch_size=spec.batch_size,
+            max_new_tokens=longest,
+            labels=labels,
+            with_adapter=with_adapter,
+            stored=kept,
+            on_batch=on_batch,
         )
-        if stored
-        else None,
-        on_batch=on_batch,
-    )
     return _on_rank0(found.rows)
 
 
@@ -140,6 +144,14 @@ def _general_set(worker: Worker) -> tuple[str, str, list[dict[str, Any]]]:
         return GENERAL_NAME, general_sha256(), list(general_rows())
     rows = read_rows(worker.storage, planned)[: worker.plan.evaluation.max_rows]
     return planned.id, planned.sha256, rows
+
+
+@contextmanager
+def _naming(task: str, metric: str) -> Iterator[None]:
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"evaluation of task {task!r} by {metric}, rows from 0: {error}") from error
 
 
 def _stored(

@@ -191,6 +191,12 @@ def test_a_row_that_cannot_be_used_is_named(trained: Any, tokenizer: Any, metric
         scores_of(model, tokenizer, [rows[0], (7, {"question": "a"})], metric=metric, labels=["b", "c"])
 
 
+def test_rows_without_their_numbers_are_refused_with_what_makes_them(trained: Any, tokenizer: Any) -> None:
+    rows = [{"prompt": "a", "completion": "b"}, {"prompt": "c", "completion": "d"}]
+    with pytest.raises(DataError, match=r"pairs \(number, row\), as list\(enumerate\(rows\)\)"):
+        evaluate(trained, tokenizer, rows, "exact_match", max_length=32)
+
+
 def test_dropout_is_off_while_answering(tokenizer: Any) -> None:
     torch.manual_seed(0)
     model = fill_b(tiny_llama(dropout=0.9))
@@ -211,7 +217,7 @@ def test_a_users_function_scores_the_same_answers(trained: Any, tokenizer: Any) 
     exact = scores_of(model, tokenizer, rows)
     assert [row.answer for row in found.rows] == [row.answer for row in exact]
     assert [row.score for row in found.rows] == [same_length(row.answer, row.reference) for row in exact]
-    with pytest.raises(DataError, match=r"metric 'user:<lambda>' must return a number in 0\.\.1, got 2\.0"):
+    with pytest.raises(DataError, match=r"metric 'user:<lambda>' must return a number in 0\.\.1, got 2"):
         evaluate(model, tokenizer, rows, lambda *_: 2, max_length=32)
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from clcore.engine.errors import ConfigError
-from clcore.evaluation.metrics import exact_match, metric_family, metric_name, rouge_l, token_f1
+from clcore.engine.errors import ConfigError, DataError
+from clcore.evaluation.metrics import exact_match, metric_family, metric_name, rouge_l, text_metric, token_f1
 
 
 @pytest.mark.parametrize(
@@ -57,6 +57,12 @@ def test_on_ascii_text_rouge_l_is_that_of_rouge_score() -> None:
     pairs = [("Don't_stop: 3.5 times!", "dont stop 3 5 Times"), ("The U.S. team", "the us team won")]
     for answer, reference in pairs:
         assert rouge_l(answer, reference) == scorer.score(reference, answer)["rougeL"].fmeasure
+
+
+def test_what_is_no_number_in_0_to_1_is_refused() -> None:
+    for wrong in (None, "1", float("nan"), 2, -0.1):
+        with pytest.raises(DataError, match=r"must return a number in 0..1, got .* for the answer 'red'"):
+            text_metric(lambda _, __, wrong=wrong: wrong)("red", "red")  # type: ignore[misc]
 
 
 def test_metrics_of_answers_are_one_family_and_functions_belong_to_it() -> None:

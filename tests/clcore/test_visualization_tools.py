@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from clcore.engine.errors import ConfigError, DataError
 from clcore.evaluation.adapter_geometry import METHODS, coordinates, distance, embed, inner_products
-from clcore.evaluation.eval_visualization import VisualizationTools
+from clcore.evaluation.eval_visualization import VisualizationTools, create_visualization_dashboard
 from clcore.evaluation.visualization_tools import adapter_ranks
 from tests.clcore.tiny import tiny_llama, tiny_llama_base
 
@@ -201,3 +202,8 @@ def test_importance_of_several_tasks_has_one_scale() -> None:
 def test_a_snapshot_of_a_task_outside_the_order_is_refused() -> None:
     with pytest.raises(ConfigError, match="snapshot of task 'x', which is not one of a, b"):
         VisualizationTools(None, ["a", "b"], {"x": snapshot(0)})
+
+
+def test_a_dashboard_needs_the_folder_it_is_written_to(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no folder '.*nowhere' to write 'page.html' to"):
+        create_visualization_dashboard(None, ["one"], output=tmp_path / "nowhere" / "page.html")

@@ -86,7 +86,19 @@ def finish(service: Service, job_id: str) -> None:
 
 
 def test_help_names_every_command_and_each_has_a_help_text(tmp_path: Path) -> None:
-    commands = ["up", "down", "status", "submit", "append", "watch", "jobs", "matrix", "cancel", "adapters"]
+    commands = [
+        "up",
+        "down",
+        "status",
+        "submit",
+        "append",
+        "watch",
+        "jobs",
+        "matrix",
+        "cancel",
+        "retry",
+        "adapters",
+    ]
     commands += ["chat", "model", "demo", "report"]
     shown = clpeft("--help", home=tmp_path)
     assert shown.returncode == 0

@@ -163,6 +163,34 @@ def test_a_baseline_stands_beside_the_job_with_what_differs(service: Service) ->
     assert re.search(r"\| forgetting \| 0\.500 \[.*\] \| 0\.000 \[.*\] \| \+0\.500 \|", text)
 
 
+def test_scores_of_different_metrics_are_not_subtracted(service: Service) -> None:
+    job, other = finished_job(service), finished_job(service, "other")
+    found = facts_of(service, job), facts_of(service, other)
+    found[1]["configuration"]["evaluation"]["metric"] = "perplexity"
+    found[1]["tasks"][0]["steps"] = 7
+    text = WRITERS["md"](*found)
+    assert "No difference is taken between scores by exact_match and by perplexity." in text
+    assert re.search(r"\| forgetting \| 0\.500 \[.*\] \| 0\.500 \[.*\] \| - \|", text)
+    assert "training steps" in text
+
+
+def test_a_report_says_how_many_tasks_are_still_to_come(service: Service) -> None:
+    job = service.submit("one", "two")
+    service.reconciler.tick()
+    write_task(service.storage, job["runs"][0]["id"], 1, 0, evaluation={"metric": "exact_match"})
+    service.reconciler.tick()
+    text = service.client.get(f"/v1/jobs/{job['id']}/report", params={"format": "md"}).text
+    assert "1 of 2 tasks trained; v1 is the newest version." in text
+
+
+def test_numbers_stand_on_the_right_and_words_on_the_left(service: Service) -> None:
+    job = finished_job(service)
+    page = WRITERS["html"](facts_of(service, job), None)
+    assert '<th class="text">meaning</th>' in page
+    assert "<th>value</th>" in page
+    assert "<td>0.500 [0.000, 1.000]</td>" in page
+
+
 def test_html_opens_without_a_network_and_holds_every_picture(service: Service) -> None:
     job = finished_job(service)
     page = service.client.get(f"/v1/jobs/{job['id']}/report").text
@@ -188,7 +216,9 @@ def test_a_report_needs_a_committed_task_and_a_known_format(service: Service) ->
     assert wrong.status_code == 422
     assert "html" in wrong.text
     missing = service.client.get(f"/v1/jobs/{finished['id']}/report", params={"baseline": "job_nothing"})
-    assert (missing.status_code, "job_nothing" in missing.text) == (404, True)
+    assert (missing.status_code, missing.json()["detail"]) == (404, "baseline: no job 'job_nothing'")
+    own = service.client.get(f"/v1/jobs/{finished['id']}/report", params={"baseline": finished["id"]})
+    assert (own.status_code, "is the job itself" in own.json()["detail"]) == (422, True)
 
 
 def test_clpeft_report_writes_the_format_that_the_file_name_asks_for(
