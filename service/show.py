@@ -79,7 +79,7 @@ class _LiveView:
         elif event.type == "task.trained":
             self._bar("evaluation", completed=0, total=None, text="answering the evaluation rows")
         elif event.type == "task.evaluating":
-            text = f"{data['task']} {data['done_rows']}/{data['num_rows']} rows"
+            text = f"{data['scored']} {data['done_rows']}/{data['num_rows']} rows"
             self._bar("evaluation", completed=data["done_rows"], total=data["num_rows"], text=text)
         elif event.type == "task.evaluated":
             self._drop("evaluation")
@@ -123,6 +123,8 @@ class _PlainView:
             if data["step"] in (1, data["num_steps"]) or now - self._last_step_s > PLAIN_EVERY_S:
                 self._last_step_s = now
                 lines = [f"{escape(data['task'])}: {_step_text(data)}"]
+        elif event.type == "task.trained":
+            lines = [f"{escape(data['task'])}: trained, answering the evaluation rows"]
         elif event.type == "task.evaluated":
             lines = [_evaluated_text(data)]
         else:

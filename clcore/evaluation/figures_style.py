@@ -139,7 +139,7 @@ def upper_limit(values: Sequence[float | None], least: float = 1e-12) -> float:
 
 def number_text(value: float | None, digits: int = 2) -> str:
     """Return a value as text of a cell or bar; what was not measured is empty, never 0."""
-    return "" if value is None else f"{value:.{digits}f}"
+    return "" if value is None else f"{round(value, digits) + 0.0:.{digits}f}"  # + 0.0: never "-0.00"
 
 
 def significant_text(value: float | None) -> str:

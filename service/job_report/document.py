@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,13 @@ SCALARS = (
     ("fwt", "forward transfer (FWT)", "mean gain before each task was trained; higher is better"),
     ("learning_accuracy", "learning accuracy", "mean score right after training; higher is better"),
 )
+TASK_FACTS: tuple[tuple[str, Callable[[dict[str, Any]], Any]], ...] = (
+    ("evaluation rows", lambda task: task["eval_dataset"]["sha256"]),
+    ("training rows", lambda task: task["dataset"]["sha256"]),
+    ("training steps", lambda task: task["steps"]),
+    ("training of single tasks", lambda task: task["training"]),
+)
+"""What a comparison of two jobs looks at, beside their configurations."""
 SHOWN_LOST_ROWS = 12
 
 
@@ -108,7 +115,7 @@ def _accuracy(facts: Facts) -> list[Block]:
         "Score on each task (columns) after training each task (rows), between 0 and 1.",
         Picture("matrix"),
         Table(["after training", *accuracy["tasks"]], rows),
-        "Every task counts the same. In brackets: 95 % intervals from resampling the evaluation rows.",
+        f"Every task counts the same. {_about_intervals(accuracy)}",
         Table(["figure", "value", "meaning"], scalars),
         Picture("forgetting"),
         Picture("curves"),
@@ -120,6 +127,12 @@ def _accuracy(facts: Facts) -> list[Block]:
     elif facts["lost_rows"]:
         blocks.append("No evaluation row that was right after its task's training is wrong now.")
     return blocks
+
+
+def _about_intervals(accuracy: Mapping[str, Any]) -> str:
+    if any(accuracy["intervals_95"].values()):
+        return "In brackets: 95 % intervals from resampling the evaluation rows."
+    return "There are no intervals: each task needs at least two evaluation rows."
 
 
 def _some_rows(rows: Sequence[int]) -> str:
@@ -152,11 +165,10 @@ def _differences(facts: Facts, baseline: Facts) -> list[str]:
     found = []
     if facts["accuracy"]["tasks"] != baseline["accuracy"]["tasks"]:
         found.append(f"tasks ({', '.join(baseline['accuracy']['tasks'])} in the baseline)")
-    sets = [[task["eval_dataset"]["sha256"] for task in f["tasks"]] for f in (facts, baseline)]
-    if sets[0] != sets[1]:
-        found.append("evaluation rows")
-    if [task["steps"] for task in facts["tasks"]] != [task["steps"] for task in baseline["tasks"]]:
-        found.append("training steps")
+    tasks = facts["tasks"], baseline["tasks"]
+    for words, value in TASK_FACTS:
+        if [value(task) for task in tasks[0]] != [value(task) for task in tasks[1]]:
+            found.append(words)
     mine, other = facts["configuration"], baseline["configuration"]
     found += [name.replace("_", " ") for name in mine if mine[name] != other[name]]
     return found

@@ -39,7 +39,7 @@ def _forgetting(facts: Facts) -> Figure | None:
         {
             name: [
                 (after, row[j])
-                for after, row in zip(names, accuracy["matrix"], strict=True)
+                for after, row in list(zip(names, accuracy["matrix"], strict=True))[j:]
                 if row[j] is not None
             ]
             for j, name in enumerate(names)

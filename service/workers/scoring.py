@@ -40,10 +40,12 @@ def score_task(
     with_adapter: bool = True,
     max_rows: int | None = None,
     stored: bool = True,
+    shown_for: PlannedTask | None = None,
 ) -> Scored:
     """Score the first rows of a task's evaluation set; None takes as many as the job says.
 
-    stored False answers afresh: in the middle of training, no digest says what the model is.
+    stored False answers afresh: in the middle of training, no digest says what the model is. shown_for: the
+    trained task whose evaluation this is part of, for events.
     """
     spec = worker.plan.evaluation
     every = read_rows(worker.storage, task.eval_dataset)
@@ -59,10 +61,15 @@ def score_task(
     mine = _share(rows)
 
     def on_batch(done: int) -> None:
-        if stored and with_adapter:
-            done_rows = min(done * parallel.world_size(), len(rows))
+        if shown_for is not None:
             worker.emit(
-                "task.evaluating", flush=False, task=task.name, done_rows=done_rows, num_rows=len(rows)
+                "task.evaluating",
+                flush=False,
+                task=shown_for.name,
+                task_index=shown_for.index,
+                scored=task.name,
+                done_rows=min(done * parallel.world_size(), len(rows)),
+                num_rows=len(rows),
             )
 
     kept = None

@@ -36,12 +36,10 @@ if TYPE_CHECKING:
 class BeforeTask:
     """What was measured before a task was trained: rows on rank 0, empty on other workers."""
 
-    base: dict[str, Scored] = dataclasses.field(default_factory=dict)
-    """The tasks that this run brings, answered by the base model without the adapter."""
     before: dict[str, Scored] = dataclasses.field(default_factory=dict)
     """The task, if no earlier version has answered it, answered by the version that training starts from."""
-    general_base: Scored = ()
-    general: Scored = ()
+    general: Scored | None = None
+    """None where nothing is measured, or where the version is the base model itself."""
     curve: list[CurvePoint] = dataclasses.field(default_factory=list)
     """The point at step 0, where the job asks for curves."""
     seconds: float = 0.0
@@ -52,17 +50,12 @@ def measure_before(worker: Worker, task: PlannedTask) -> BeforeTask:
     start = time.perf_counter()
     found, plan = BeforeTask(), worker.plan
     is_first = task.index == plan.tasks[0].index
-    if is_first:
-        for other in plan.tasks:
-            worker.stop_if_cancelled()
-            found.base[other.name] = score_task(worker, other, with_adapter=False)
-        if plan.parent is not None:
-            found.before[task.name] = score_task(worker, task)
-    if plan.evaluation.general is not None:
+    is_untrained = is_first and plan.parent is None  # a fresh adapter changes nothing
+    if is_first and not is_untrained:
+        found.before[task.name] = score_task(worker, task)
+    if plan.evaluation.general is not None and not is_untrained:
         worker.stop_if_cancelled()
-        found.general_base = score_general(worker, with_adapter=False)
-        is_untrained = is_first and plan.parent is None  # a fresh adapter changes nothing
-        found.general = found.general_base if is_untrained else score_general(worker)
+        found.general = score_general(worker)
     if plan.evaluation.curve_points:
         found.curve = [curve_point(worker, task, 0, stored=True)]
     found.seconds = time.perf_counter() - start
@@ -86,19 +79,27 @@ def finish_task(
     start = time.perf_counter()
     plan = worker.plan
     after: dict[str, Scored] = {}
+    base: dict[str, Scored] = {}
     for other in (*plan.earlier_tasks, *plan.tasks):
         worker.stop_if_cancelled()
-        after[other.name] = score_task(worker, other)
-    general_after = score_general(worker) if plan.evaluation.general is not None else ()
+        after[other.name] = score_task(worker, other, shown_for=task)
+        if task.index == plan.tasks[0].index and other in plan.tasks:
+            base[other.name] = score_task(worker, other, with_adapter=False)
+    general_base: Scored = ()
+    general_after: Scored = ()
+    if plan.evaluation.general is not None:
+        worker.stop_if_cancelled()
+        general_base, general_after = score_general(worker, with_adapter=False), score_general(worker)
+    general_before = general_base if before.general is None else before.general
     if plan.evaluation.curve_points:
         curve = [*before.curve, *curve, curve_point(worker, task, task.steps, stored=True)]
     seconds = before.seconds + time.perf_counter() - start
     key = task_key(plan.run_id, worker.attempt, task.index)
     if parallel.rank() == 0:
-        general = general_scores(worker, before.general_base, before.general, general_after)
+        general = general_scores(worker, general_base, general_before, general_after)
         measured: dict[str, Any] = {
             "scores": _scores(worker, after),
-            "base_scores": _scores(worker, before.base),
+            "base_scores": _scores(worker, base),
             "before_scores": _scores(worker, before.before),
             "general": general,
         }
@@ -111,12 +112,12 @@ def finish_task(
         )
         predictions = {
             **after,
-            **{f"base/{name}": rows for name, rows in before.base.items()},
+            **{f"base/{name}": rows for name, rows in base.items()},
             **{f"before/{name}": rows for name, rows in before.before.items()},
         }
         if general:
-            predictions["general/base"] = before.general_base
-            predictions["general/before"] = before.general
+            predictions["general/base"] = general_base
+            predictions["general/before"] = general_before
             predictions["general/after"] = general_after
         _store(
             worker,

@@ -23,6 +23,10 @@ def rgb(colour: str) -> str:
     return f"rgb({int(colour[1:3], 16)}, {int(colour[3:5], 16)}, {int(colour[5:7], 16)})"
 
 
+def test_a_rounded_zero_has_no_sign() -> None:
+    assert [style.number_text(value) for value in (-0.001, 0.0, -0.01, None)] == ["0.00", "0.00", "-0.01", ""]
+
+
 def test_thirty_categories_all_look_different() -> None:
     looks = [tuple(style.category_style(i)[part] for part in ("colour", "dash")) for i in range(30)]
     assert len(set(looks)) == 30
