@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from clcore.engine.errors import ConfigError, DataError
+from clcore.evaluation.bootstrap import Interval, matrix_intervals
 from clcore.evaluation.scalars import average_accuracy as average_accuracy
 from clcore.evaluation.scalars import backward_transfer as backward_transfer
 from clcore.evaluation.scalars import forgetting as forgetting
@@ -23,6 +24,7 @@ from clcore.evaluation.scores import (
     count_rows,
     evaluation_part,
     lost_rows,
+    row_scores,
     task_score,
 )
 from clcore.evaluation.snapshots import take_snapshot
@@ -69,9 +71,11 @@ class ForgettingMetrics:
         """Trained task -> the adapter's parameters just after it, on the CPU."""
         self.training_curves: dict[str, list[tuple[int, dict[str, float]]]] = {}
         """Trained task -> [(step, scored task -> score)], from within its training."""
+        self._base: dict[str, TaskScore] = {}
         if base_scores is None:
             with without_adapters(model):
-                self.base_scores = {name: self._score(name).score for name in self.datasets}
+                self._base = {name: self._score(name) for name in self.datasets}
+            self.base_scores = {name: score.score for name, score in self._base.items()}
         else:
             unknown = sorted(set(base_scores) - set(self.datasets))
             if unknown:
@@ -150,7 +154,9 @@ class ForgettingMetrics:
 
         avg_forgetting, bwt, fwt, average_accuracy, learning_accuracy: means over tasks (macro); the same
         after "micro_": over rows, None where a data set's length is unknown. forgetting: earlier task ->
-        best score so far - score now. matrix, base_scores: in the order of tasks.
+        best score so far - score now. intervals_95: the macro scalars' bootstrap intervals over rows, None
+        without "per_example" of every score, or where the score is not their mean (perplexity). matrix,
+        base_scores: in the order of tasks.
         Raises DataError before the first after_task.
         """
         self._trained(1)
@@ -165,7 +171,22 @@ class ForgettingMetrics:
         found |= {"micro_avg_forgetting": scalars.get("micro_forgetting")}
         found |= {f"micro_{name}": scalars.get(f"micro_{name}") for name in names}
         found["forgetting"] = dict(zip(list(self.scores)[:-1], task_forgetting(matrix), strict=True))
+        found["intervals_95"] = self._intervals()
         return found | {"tasks": order, "matrix": matrix, "base_scores": base, "num_rows": num_rows}
+
+    def _intervals(self) -> dict[str, Interval | None]:
+        trained = list(self.scores)
+        rows = {
+            (i, j): row_scores(self.scores[a][b])
+            for i, a in enumerate(trained)
+            for j, b in enumerate(trained)
+        }
+        base = {j: row_scores(self._base[name]) for j, name in enumerate(trained) if name in self._base}
+        known = {place: scores for place, scores in rows.items() if scores is not None}
+        if len(known) < len(rows):
+            return dict.fromkeys(("avg_forgetting", "bwt", "fwt", "average_accuracy", "learning_accuracy"))
+        found = matrix_intervals(known, {j: scores for j, scores in base.items() if scores is not None})
+        return {"avg_forgetting": found.pop("forgetting"), **found}
 
     def compute_forgetting_curve(self, task_id: str) -> list[tuple[str, float]]:
         """Return how the score on a task went on, from just after it was trained.

@@ -54,6 +54,14 @@ def task_score(result: Any, *, metric_name: str = "score", num_rows: int | None 
     )
 
 
+def row_scores(score: TaskScore) -> list[float] | None:
+    """Return the scores of rows, by row number, if the task's score is their mean; else None."""
+    if not score.per_example:
+        return None
+    rows = [score.per_example[row] for row in sorted(score.per_example)]
+    return rows if math.isclose(sum(rows) / len(rows), score.score, abs_tol=1e-9) else None
+
+
 def lost_rows(before: TaskScore, now: TaskScore, threshold: float = 1.0) -> list[int]:
     """Return the rows that were right before and are wrong now, ascending; right is score >= threshold.
 

@@ -179,7 +179,7 @@ def _general(facts: Facts) -> list[Block]:
         return ["Not measured: the job's evaluation.general is null."]
     first = facts["general"][0]
     rows = [
-        [g["task"], *(number(1 / g[when], 2) for when in ("before", "after")), _percent(-g["relative_drop"])]
+        [g["task"], *(number(1 / g[when], 2) for when in ("before", "after")), _change(g)]
         for g in facts["general"]
     ]
     return [
@@ -189,6 +189,12 @@ def _general(facts: Facts) -> list[Block]:
         Picture("general"),
         Table(["task", "before", "after", "change"], rows),
     ]
+
+
+def _change(general: Mapping[str, Any]) -> str:
+    interval = general["relative_drop_interval_95"]
+    brackets = f" [{_percent(-interval[1])}, {_percent(-interval[0])}]" if interval else ""
+    return _percent(-general["relative_drop"]) + brackets
 
 
 def _training(facts: Facts) -> list[Block]:

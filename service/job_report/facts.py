@@ -11,7 +11,7 @@ from typing import Any
 
 from service.adapters.manifest import MANIFEST_NAME, PREDICTIONS, Manifest
 from service.adapters.storage import Storage, events_key, plan_key
-from service.job_report.matrix import matrix_of
+from service.job_report.matrix import general_interval, matrix_of
 from service.specs import RunPlan
 
 Facts = dict[str, Any]
@@ -47,7 +47,9 @@ def read_facts(storage: Storage, task_dirs: Sequence[str]) -> Facts:
             planned[m.task_index].model_dump(mode="json") | {"data_format": m.data_format} for m in manifests
         ],
         "accuracy": matrix_of(storage, task_dirs, manifests),
-        "general": [_general(m) for m in manifests if m.general],
+        "general": [
+            _general(storage, key, m) for key, m in zip(task_dirs, manifests, strict=True) if m.general
+        ],
         "training": {
             m.task_name: {name: m.training[name] for name in COUNTS if name in m.training} for m in manifests
         },
@@ -68,7 +70,7 @@ def read_facts(storage: Storage, task_dirs: Sequence[str]) -> Facts:
     }
 
 
-def _general(manifest: Manifest) -> dict[str, Any]:
+def _general(storage: Storage, task_dir: str, manifest: Manifest) -> dict[str, Any]:
     found = manifest.general
     assert found is not None
     return {
@@ -76,6 +78,7 @@ def _general(manifest: Manifest) -> dict[str, Any]:
         **found.model_dump(),
         "delta": found.after - found.before,
         "relative_drop": 1 - found.after / found.before,
+        "relative_drop_interval_95": general_interval(storage, task_dir, manifest),
     }
 
 

@@ -9,7 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from clcore.evaluation.bootstrap import Interval, inverse_perplexity, matrix_intervals, mean
+from clcore.evaluation.bootstrap import (
+    Interval,
+    interval,
+    inverse_perplexity,
+    matrix_intervals,
+    mean,
+)
 from clcore.evaluation.scalars import matrix_scalars
 from service.adapters.manifest import PREDICTIONS, Manifest
 from service.adapters.storage import Storage
@@ -85,6 +91,24 @@ def _intervals(
     if not rows:
         return {}
     return matrix_intervals(rows, base, statistic=inverse_perplexity if is_perplexity else mean)
+
+
+def general_interval(storage: Storage, task_dir: str, manifest: Manifest) -> Interval | None:
+    """Return the 95 % interval of the relative drop of general ability; None when the version left no rows.
+
+    The same texts were scored before and after, so a resample draws both together.
+    """
+    files = [f"{PREDICTIONS}/general/{when}.jsonl" for when in ("before", "after")]
+    if not set(files) <= set(manifest.files):
+        return None
+    before, after = (_row_values(storage, f"{task_dir}/{file}", True) for file in files)
+    return interval(np.column_stack([after[:, 0] - before[:, 0], before[:, 1]]), _relative_drop)
+
+
+def _relative_drop(samples: np.ndarray) -> np.ndarray:
+    """Return 1 - after / before of 1/perplexity from samples (S, N, 2) of (rise of the nll, tokens)."""
+    drops: np.ndarray = 1 - inverse_perplexity(samples)
+    return drops
 
 
 def _row_values(storage: Storage, key: str, is_perplexity: bool) -> np.ndarray:

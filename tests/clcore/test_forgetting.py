@@ -13,6 +13,7 @@ from clcore.engine.errors import ConfigError, DataError
 from clcore.engine.loop import TrainConfig, fit_task
 from clcore.engine.params import Params
 from clcore.evaluation import ForgettingMetrics
+from clcore.evaluation.bootstrap import matrix_intervals
 from clcore.evaluation.scores import class_drops, lost_rows, task_score
 from clcore.evaluation.task_vectors import label_loss
 from clcore.strategies.none import NoStrategy
@@ -118,6 +119,26 @@ def test_lost_rows_were_right_after_their_own_task_and_are_wrong_now() -> None:
     assert metrics.compute_forgetting()["num_rows"] == [4, 4, 4]
     with pytest.raises(ConfigError, match="'t3' is not trained yet"):
         scripted(rows[:1], metric_name="accuracy").lost_examples("t3")
+
+
+def test_intervals_resample_the_rows_of_a_task_and_need_the_score_of_each() -> None:
+    later = per_row(0, 0, 0, 0)
+    first, second = [1, 1, 1, 0], [1, 0, 0, 0]
+    rows = [
+        [per_row(*first), later, later],
+        [per_row(*second), per_row(1, 1, 1, 1), later],
+    ]
+    found = scripted(rows, metric_name="accuracy").compute_forgetting()
+    # Forgetting of a resample: the mean of four draws of the drops 0, 1, 1, 0; all equal with odds 1/16.
+    expected = matrix_intervals({(0, 0): first, (1, 0): second, (0, 1): [0] * 4, (1, 1): [1] * 4})
+    assert found["intervals_95"]["avg_forgetting"] == expected["forgetting"] == (0.0, 1.0)
+    assert found["intervals_95"]["average_accuracy"] == expected["average_accuracy"]
+    assert found["intervals_95"]["fwt"] is None  # the base scores were given without their rows
+    assert set(scripted(MATRIX).compute_forgetting()["intervals_95"].values()) == {None}
+    weighted = [[{**row, "accuracy": 0.9} for row in line] for line in rows]
+    assert set(scripted(weighted, metric_name="accuracy").compute_forgetting()["intervals_95"].values()) == {
+        None
+    }
 
 
 def test_a_score_is_read_from_numbers_mappings_and_evaluations() -> None:

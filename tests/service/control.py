@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -182,7 +183,7 @@ def write_task(
     scores: dict[str, float] | None = None,
     base_scores: dict[str, float] | None = None,
     parent_dir: str | None = None,
-    predictions: Mapping[str, Sequence[float]] | None = None,
+    predictions: Mapping[str, Sequence[float | tuple[float, int]]] | None = None,
     **changes: Any,
 ) -> str:
     """Write a finished task's folder with its manifest; returns the folder's key.
@@ -201,7 +202,7 @@ def write_task(
     contents = {"adapter/adapter_model.safetensors": f"weights of {folder}".encode()}
     for name, values in (predictions or {}).items():
         lines = [
-            json.dumps({"row": row, "score": value, "answer": "", "reference": ""})
+            json.dumps({"row": row, "answer": "", "reference": "", **_scored(value)})
             for row, value in enumerate(values)
         ]
         contents[f"predictions/{name}.jsonl"] = "\n".join(lines).encode()
@@ -237,6 +238,13 @@ def write_task(
     }
     storage.write_json(f"{folder}/manifest.json", manifest)
     return folder
+
+
+def _scored(value: float | tuple[float, int]) -> dict[str, float]:
+    """A row's score, or its nll and tokens."""
+    if isinstance(value, tuple):
+        return {"nll": value[0], "num_tokens": value[1], "score": math.exp(-value[0] / value[1])}
+    return {"score": value}
 
 
 def write_outcome(storage: Storage, run_id: str, attempt: int, state: str, reason: str | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,27 @@ def test_intervals_hold_the_scalar_and_widen_with_disagreeing_rows(service: Serv
         assert low <= accuracy[name] <= high
     # Rows of task one change by 0, 1, 1, 0 with equal odds: the mean of four draws is 0 with odds 1/16.
     assert accuracy["intervals_95"]["forgetting"] == [0.0, 1.0]
+
+
+def test_the_change_of_general_ability_has_an_interval_over_the_same_texts(service: Service) -> None:
+    job = service.submit("one")
+    service.reconciler.tick()
+    # Each text loses the same share, so that every resample says the same, whatever the texts' own nll is.
+    before, after = [(30.0, 10), (5.0, 20)], [(31.0, 10), (7.0, 20)]
+    drop = 1 - math.exp(-0.1)
+    write_task(
+        service.storage,
+        job["runs"][0]["id"],
+        1,
+        0,
+        evaluation={"metric": "exact_match"},
+        general={**GENERAL, "before": math.exp(-35 / 30), "after": math.exp(-38 / 30)},
+        predictions={"general/before": before, "general/after": after},
+    )
+    service.reconciler.tick()
+    [general] = facts_of(service, job)["general"]
+    assert general["relative_drop"] == pytest.approx(drop)
+    assert general["relative_drop_interval_95"] == pytest.approx([drop, drop])
 
 
 def test_the_matrix_comes_with_the_same_intervals(service: Service) -> None:
