@@ -1,8 +1,9 @@
-"""Wire the real parts together and serve the API: `clpeft api`, settings from CLPEFT_*."""
+"""Wire the real parts together: `clpeft api` and `clpeft reconciler`, settings from CLPEFT_*."""
 
 from __future__ import annotations
 
 import logging
+import signal
 import threading
 
 import uvicorn
@@ -12,6 +13,7 @@ from service.adapters.storage import Storage
 from service.api.app import create_app
 from service.db.session import open_database
 from service.jobs.runner import RayJobRunner
+from service.reconciler import Reconciler
 from service.serving.deploy import deploy
 from service.serving.engine import ServingError
 from service.settings import Settings
@@ -21,19 +23,33 @@ logger = logging.getLogger(__name__)
 
 
 def build_app(settings: Settings) -> FastAPI:
-    """Make the control plane with its database, storage and Ray Jobs API; it runs the reconciler itself."""
+    """Make the control plane with its database, storage and Ray Jobs API."""
     return create_app(
         settings,
         sessions=open_database(settings.database_url),
         storage=Storage(settings.storage_url),
         runner=RayJobRunner(settings.ray_dashboard_url, token_path=settings.ray_token_path),
+        reconcile=settings.reconcile,
     )
+
+
+def run_reconciler(settings: Settings) -> None:
+    """Reconcile until SIGTERM or Ctrl-C; of several such processes one works and the others wait."""
+    _set_up_logging()
+    reconciler = Reconciler(
+        settings,
+        sessions=open_database(settings.database_url),
+        storage=Storage(settings.storage_url),
+        runner=RayJobRunner(settings.ray_dashboard_url, token_path=settings.ray_token_path),
+    )
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: reconciler.stop())
+    reconciler.run()
 
 
 def serve_api(settings: Settings) -> None:
     """Serve until SIGTERM or Ctrl-C, and have the Serve application deployed once Ray answers."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    _set_up_logging()
     app = build_app(settings)
     stopping = threading.Event()
     thread = threading.Thread(target=_deploy, args=(settings, stopping), name="deploy-serve", daemon=True)
@@ -50,6 +66,11 @@ def serve_api(settings: Settings) -> None:
     finally:
         stopping.set()
         thread.join()
+
+
+def _set_up_logging() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    logging.getLogger("httpx").setLevel(logging.WARNING)
 
 
 def _deploy(settings: Settings, stopping: threading.Event) -> None:

@@ -144,6 +144,18 @@ def api(
 
 
 @app.command(rich_help_panel=SERVICE)
+def reconciler() -> None:
+    """Start, watch and end runs without an API in this process (settings from CLPEFT_*).
+
+    Of several such processes on one database one works, the others wait to take over. The APIs beside them
+    get CLPEFT_RECONCILE=false.
+    """
+    from service.bootstrap import run_reconciler
+
+    run_reconciler(Settings())
+
+
+@app.command(rich_help_panel=SERVICE)
 def status() -> None:
     """Say what runs, and where."""
     from service import embedded
@@ -298,6 +310,22 @@ def cancel(job: Annotated[str, typer.Argument(metavar="JOB")]) -> None:
     with connect() as client:
         found = client.cancel(job)
     out.print(f"job {job} is {found['state']}")
+
+
+@app.command(rich_help_panel=JOBS)
+def pause(job: Annotated[str, typer.Argument(metavar="JOB")]) -> None:
+    """Stop a job at its next step and keep its place; others may use the machine meanwhile."""
+    with connect() as client:
+        found = client.pause(job)
+    out.print(f"job {job} is {found['state']}; go on with: clpeft resume {job}", soft_wrap=True)
+
+
+@app.command(rich_help_panel=JOBS)
+def resume(job: Annotated[str, typer.Argument(metavar="JOB", help="Id of a paused job.")]) -> None:
+    """Let a paused job go on from the step where it stopped."""
+    with connect() as client:
+        found = client.resume(job)
+    out.print(f"job {job} is {found['state']}; follow it with: clpeft watch {job}", soft_wrap=True)
 
 
 @app.command(rich_help_panel=JOBS)

@@ -112,6 +112,14 @@ class Client:
         """Ask a job to stop at its next step."""
         return self._call("POST", f"/v1/jobs/{_part(job_id)}:cancel")
 
+    def pause(self, job_id: str) -> Json:
+        """Ask a job to stop at its next step and to keep its place."""
+        return self._call("POST", f"/v1/jobs/{_part(job_id)}:pause")
+
+    def resume(self, job_id: str) -> Json:
+        """Let a paused job go on."""
+        return self._call("POST", f"/v1/jobs/{_part(job_id)}:resume")
+
     def retry(self, job_id: str) -> Json:
         """Train what a failed or cancelled job has left, in a new run."""
         return self._call("POST", f"/v1/jobs/{_part(job_id)}:retry")

@@ -41,6 +41,17 @@ class Settings(BaseSettings):
     capacity_wait_s: float = Field(5.0, ge=0)
     """How long a run waits for a cluster that is too small to grow before it fails with no_capacity."""
     poll_interval_s: float = Field(1.0, gt=0)
+    reconcile: bool = True
+    """Run the reconciler inside the API's process; False where `clpeft reconciler` runs beside it."""
+    lease_s: float = Field(5.0, gt=0)
+    """How long a reconciler that stopped keeps others from taking over."""
+    stop_grace_s: float = Field(120.0, ge=0)
+    """How long a paused, cancelled or late run may go on until Ray is told to end its processes."""
+    keep_files_s: float = Field(3600.0, ge=0)
+    """How long files that no version needs are kept after a run has ended."""
+    owner_header: str = ""
+    """HTTP header in which a proxy that you trust names the caller, such as X-Forwarded-User; places are
+    shared fairly between owners. Empty: everything belongs to one owner."""
 
     @model_validator(mode="after")
     def _fill_defaults(self) -> Settings:

@@ -181,6 +181,16 @@ class PromotionSpec(Spec):
         return alias
 
 
+class LimitsSpec(Spec):
+    """When a job is given up."""
+
+    deadline_s: StrictFloat | None = Field(None, gt=0, le=10 * 365 * 86400, allow_inf_nan=False)
+    """Seconds from the moment when a run is queued until it must have ended; a pause does not count. A run
+    that is late stops at its next step and fails with reason deadline; finished tasks stay."""
+    max_attempts: StrictInt | None = Field(None, ge=1, le=1000)
+    """Attempts without a newly finished task before a run fails; None takes the service's setting."""
+
+
 class JobSpec(Spec):
     """A sequence of tasks for one adapter."""
 
@@ -195,6 +205,9 @@ class JobSpec(Spec):
     evaluation: EvaluationSpec = EvaluationSpec()
     promotion: PromotionSpec = PromotionSpec()
     logging: LoggingSpec = LoggingSpec()
+    limits: LimitsSpec = LimitsSpec()
+    priority: StrictInt = Field(0, ge=-100, le=100)
+    """Among your own waiting jobs, the higher one starts first."""
     labels: dict[str, str] = Field(default_factory=dict, max_length=64)
 
     @field_validator("strategy", mode="before")

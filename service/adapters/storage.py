@@ -3,7 +3,8 @@
 datasets/<dataset>/rows.jsonl
 outputs/<dataset>/<key>/<segment>       what models answered to its rows; <key> hashes model and settings
 runs/<run>/plan.json                    the RunPlan, written by the control plane before the first attempt
-runs/<run>/desired.json                 {"state": "running" | "cancelled"}, written by the control plane
+runs/<run>/desired.json                 {"state": "running" | "paused" | "cancelled", "attempt": n}: what the
+                                        control plane wants; n is the attempt that may work
 runs/<run>/a<n>/events/<seq>.jsonl      immutable segments; <seq> is the first sequence number, 12 digits
 runs/<run>/a<n>/tensorboard/            TensorBoard event files, where the job asks for them
 runs/<run>/a<n>/outcome.json            {"state", "reason", "message"}: how the driver ended
@@ -131,6 +132,11 @@ def plan_key(run_id: str) -> str:
 def desired_key(run_id: str) -> str:
     """What the control plane wants of a run."""
     return f"runs/{run_id}/desired.json"
+
+
+def train_key(run_id: str) -> str:
+    """Folder of Ray Train's own checkpoints."""
+    return f"runs/{run_id}/train"
 
 
 def attempt_key(run_id: str, attempt: int) -> str:

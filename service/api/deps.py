@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Annotated
 
@@ -10,9 +11,13 @@ from sqlalchemy.orm import Session
 
 from service.adapters.storage import Storage
 from service.db.session import Sessions
+from service.db.tables import DEFAULT_OWNER
+from service.errors import Invalid
 from service.jobs.runner import JobRunner
 from service.reconciler import Reconciler
 from service.settings import Settings
+
+OWNER_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+:-]{0,199}")
 
 
 def get_settings(request: Request) -> Settings:
@@ -51,9 +56,23 @@ def read_session(request: Request) -> Iterator[Session]:
         yield session
 
 
+def get_owner(request: Request) -> str:
+    """Who calls: what a trusted proxy says, where the settings name its header. Raises Invalid."""
+    header = get_settings(request).owner_header
+    if not header:
+        return DEFAULT_OWNER
+    owner = request.headers.get(header, "")
+    if not OWNER_PATTERN.fullmatch(owner):
+        raise Invalid(
+            f"the header {header} must name the owner in 1 to 200 plain characters, got {owner[:50]!r}"
+        )
+    return owner
+
+
 SettingsDep = Annotated[Settings, Depends(get_settings)]
 SessionsDep = Annotated[Sessions, Depends(get_sessions)]
 StorageDep = Annotated[Storage, Depends(get_storage)]
 RunnerDep = Annotated[JobRunner, Depends(get_runner)]
 ReconcilerDep = Annotated[Reconciler, Depends(get_reconciler)]
 ReadSession = Annotated[Session, Depends(read_session)]
+OwnerDep = Annotated[str, Depends(get_owner)]

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, Query
+from fastapi import APIRouter, Body, Depends, Query
 from fastapi.responses import PlainTextResponse
 from pydantic import Field, ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.api.deps import ReadSession, ReconcilerDep, RunnerDep, SessionsDep, SettingsDep
+from service.api.deps import OwnerDep, ReadSession, ReconcilerDep, RunnerDep, SessionsDep, SettingsDep
 from service.api.problems import invalid_from
 from service.api.views import AttemptView, JobSummary, JobView, Page, RunView, job_view, task_view
 from service.basemodels import find_base_model
@@ -24,6 +24,23 @@ from service.planner import KnownDataset, check_training, plan_tasks, resolve_st
 from service.specs import JobSpec, PlannedTask, Spec, TaskSpec
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
+
+
+def _changer(sessions: SessionsDep, reconciler: ReconcilerDep) -> Callable[..., JobView]:
+    """Change a job in one transaction, wake the reconciler, show the result."""
+
+    def change(job_id: str, verb: Callable[[Session, Job], object]) -> JobView:
+        with sessions.write() as session:
+            job = repository.lock_job(session, job_id)
+            verb(session, job)
+            shown = _show(session, job)
+        reconciler.wake()
+        return shown
+
+    return change
+
+
+ChangeDep = Annotated[Callable[..., JobView], Depends(_changer)]
 
 
 class TaskList(Spec):
@@ -42,12 +59,14 @@ class JobPlan(Spec):
 
 
 @router.post("/jobs", status_code=201)
-def submit(spec: JobSpec, settings: SettingsDep, sessions: SessionsDep, reconciler: ReconcilerDep) -> JobView:
+def submit(
+    spec: JobSpec, settings: SettingsDep, sessions: SessionsDep, reconciler: ReconcilerDep, owner: OwnerDep
+) -> JobView:
     """Submit a job; its first run starts when the cluster has a place for it."""
     spec, path = _resolve(spec, settings)
     with sessions.write() as session:
         planned = _plan(session, spec.tasks, spec)
-        job = repository.create_job(session, spec, planned, base_model_path=path)
+        job = repository.create_job(session, spec, planned, base_model_path=path, owner=owner)
         shown = _show(session, job)
     reconciler.wake()
     return shown
@@ -90,7 +109,7 @@ def append(
     """Append one task, or {"tasks": [...]}: a new run continues from the newest version."""
     tasks, is_list = _read_tasks(body)
     with sessions.write() as session:
-        job = repository.get_job(session, job_id)
+        job = repository.lock_job(session, job_id)
         repository.check_appendable(job)
         earlier = repository.tasks_of(session, job_id)
         try:
@@ -110,25 +129,27 @@ def append(
 
 
 @router.post("/jobs/{job_id}:cancel", status_code=202)
-def cancel(job_id: str, sessions: SessionsDep, reconciler: ReconcilerDep) -> JobView:
-    """Stop a job: what waits is cancelled at once, what runs stops at its next step."""
-    with sessions.write() as session:
-        job = repository.get_job(session, job_id)
-        repository.cancel_job(session, job)
-        shown = _show(session, job)
-    reconciler.wake()
-    return shown
+def cancel(job_id: str, change: ChangeDep) -> JobView:
+    """Stop a job for good: what waits is cancelled at once, what runs stops at its next step."""
+    return change(job_id, repository.cancel_job)
+
+
+@router.post("/jobs/{job_id}:pause", status_code=202)
+def pause(job_id: str, change: ChangeDep) -> JobView:
+    """Stop a job at its next step and keep its place in the task; its resources become free."""
+    return change(job_id, repository.pause_job)
+
+
+@router.post("/jobs/{job_id}:resume", status_code=202)
+def resume(job_id: str, change: ChangeDep) -> JobView:
+    """Let a paused job wait for a place and go on from the step where it stopped."""
+    return change(job_id, repository.resume_job)
 
 
 @router.post("/jobs/{job_id}:retry", status_code=202)
-def retry(job_id: str, sessions: SessionsDep, reconciler: ReconcilerDep) -> JobView:
+def retry(job_id: str, change: ChangeDep) -> JobView:
     """Train the tasks of a failed or cancelled job that are not committed, in a new run."""
-    with sessions.write() as session:
-        job = repository.get_job(session, job_id)
-        repository.retry_job(session, job)
-        shown = _show(session, job)
-    reconciler.wake()
-    return shown
+    return change(job_id, repository.retry_job)
 
 
 @router.get("/jobs/{job_id}/runs")

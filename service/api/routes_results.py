@@ -5,13 +5,15 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.adapters.manifest import Manifest
 from service.adapters.registry import versions_of
 from service.adapters.storage import Storage
-from service.api.deps import SessionsDep, StorageDep
-from service.api.views import EvalMatrix
+from service.api.deps import ReadSession, SessionsDep, StorageDep
+from service.api.views import EvalMatrix, MetricView, Page
+from service.db.tables import Metric
 from service.errors import Invalid, NotFound
 from service.job_report.facts import Facts, read_facts
 from service.job_report.matrix import matrix_of
@@ -32,6 +34,30 @@ def eval_matrix(job_id: str, sessions: SessionsDep, storage: StorageDep) -> Eval
     manifests = [Manifest.model_validate(row.manifest) for row in versions]
     found = matrix_of(storage, [row.task_dir for row in versions], manifests, names)
     return EvalMatrix(job_id=job_id, adapter=adapter, **found)
+
+
+@router.get("/jobs/{job_id}/metrics")
+def metrics(
+    job_id: str,
+    session: ReadSession,
+    task: str | None = None,
+    after: Annotated[int, Query(ge=0)] = 0,
+    limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
+) -> Page[MetricView]:
+    """List what the steps measured, each step once, in order of task and step; after: rows to skip."""
+    repository.get_job(session, job_id)
+    wanted = select(Metric).where(Metric.job_id == job_id).order_by(Metric.task_index, Metric.step)
+    if task is not None:
+        tasks = {row.name: row.index for row in repository.tasks_of(session, job_id)}
+        if task not in tasks:
+            raise NotFound(
+                f"job {job_id} has no task {task!r}; it has {', '.join(tasks)}", code="task_not_found"
+            )
+        wanted = wanted.where(Metric.task_index == tasks[task])
+    rows = session.scalars(wanted.offset(after).limit(limit + 1)).all()
+    data = [MetricView.model_validate(row) for row in rows[:limit]]
+    has_more = len(rows) > limit
+    return Page(data=data, has_more=has_more, next_cursor=str(after + limit) if has_more else None)
 
 
 @router.get("/jobs/{job_id}/report", response_class=Response)

@@ -51,6 +51,8 @@ class JobSummary(View):
     state: str
     reason: str | None
     message: str | None
+    owner: str
+    priority: int
     num_tasks: int
     num_committed: int
     progress: dict[str, Any]
@@ -84,6 +86,11 @@ class RunView(View):
     reason: str | None
     message: str | None
     task_indexes: list[int]
+    attempts_without_commit: int
+    """Attempts since the run last finished a task; the run fails when the budget is spent."""
+    not_before: datetime | None
+    """When the next attempt may begin, after a failed one."""
+    deadline_at: datetime | None
     created_at: datetime
     started_at: datetime | None
     finished_at: datetime | None
@@ -111,7 +118,7 @@ class JobView(JobSummary):
 
 
 class EventView(View):
-    """Something that happened to a job. The id grows over all jobs."""
+    """Something that happened to a job. The id counts the job's events from 1, without a gap."""
 
     id: int
     job_id: str
@@ -121,6 +128,16 @@ class EventView(View):
     time: datetime
     type: str
     data: dict[str, Any]
+
+
+class MetricView(View):
+    """What one optimizer step measured; a step that was trained again is shown once, as it was last."""
+
+    task_index: int
+    step: int
+    attempt: int
+    time: datetime
+    data: dict[str, float | None]
 
 
 class VersionView(View):

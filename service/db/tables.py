@@ -11,7 +11,6 @@ from sqlalchemy import (
     DateTime,
     ForeignKey,
     Index,
-    Integer,
     MetaData,
     String,
     Text,
@@ -23,7 +22,7 @@ from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 from sqlalchemy.types import TypeDecorator
 
 JsonValue = JSON().with_variant(JSONB(), "postgresql")
-BigId = BigInteger().with_variant(Integer(), "sqlite")  # only INTEGER counts up by itself in SQLite
+DEFAULT_OWNER = "default"
 
 
 def utc_now() -> datetime:
@@ -103,10 +102,16 @@ class Job(Table):
     base_model_path: Mapped[str] = mapped_column(Text)
     base_model_id: Mapped[str]
     labels: Mapped[dict[str, Any]]
+    owner: Mapped[str] = mapped_column(default=DEFAULT_OWNER)
+    """Who submitted it: places are shared fairly between owners."""
+    priority: Mapped[int] = mapped_column(default=0)
+    """Among the owner's own jobs, the higher one starts first."""
     num_tasks: Mapped[int]
     num_committed: Mapped[int] = mapped_column(default=0)
     progress: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """The newest step event's data of the run at work."""
+    last_event: Mapped[int] = mapped_column(default=0)
+    """The newest event's id."""
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     updated_at: Mapped[datetime] = mapped_column(default=utc_now, onupdate=utc_now)
     finished_at: Mapped[datetime | None]
@@ -126,7 +131,14 @@ class Run(Table):
     message: Mapped[str | None] = mapped_column(Text)
     task_indexes: Mapped[list[Any]]
     attempts_without_commit: Mapped[int] = mapped_column(default=0)
-    cancel_requested_at: Mapped[datetime | None]
+    not_before: Mapped[datetime | None]
+    """After a failed attempt: when the next one may begin."""
+    deadline_at: Mapped[datetime | None]
+    stop_requested_at: Mapped[datetime | None]
+    """When it was asked to pause or to end."""
+    paused_at: Mapped[datetime | None]
+    cleaned_at: Mapped[datetime | None]
+    """When the files that nobody needs any more were removed."""
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     started_at: Mapped[datetime | None]
     finished_at: Mapped[datetime | None]
@@ -168,16 +180,12 @@ class Attempt(Table):
 
 
 class Event(Table):
-    """What happened to a job; the id grows over all jobs."""
+    """What happened to a job. The id counts the job's events from 1, without a gap; rows never change."""
 
     __tablename__ = "events"
-    __table_args__ = (
-        UniqueConstraint("run_id", "attempt", "seq"),
-        Index("ix_events_job_id_id", "job_id", "id"),
-        {"sqlite_autoincrement": True},
-    )
-    id: Mapped[int] = mapped_column(BigId, primary_key=True, autoincrement=True)
-    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    __table_args__ = (UniqueConstraint("run_id", "attempt", "seq"),)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    id: Mapped[int] = mapped_column(BigInteger, primary_key=True, autoincrement=False)
     run_id: Mapped[str | None] = mapped_column(ForeignKey("runs.id"))
     attempt: Mapped[int | None]
     seq: Mapped[int | None]
@@ -185,6 +193,28 @@ class Event(Table):
     time: Mapped[datetime] = mapped_column(default=utc_now)
     type: Mapped[str]
     data: Mapped[dict[str, Any]]
+
+
+class Metric(Table):
+    """What one optimizer step measured; a step that is trained again replaces its row."""
+
+    __tablename__ = "metrics"
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    task_index: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    step: Mapped[int] = mapped_column(primary_key=True, autoincrement=False)
+    attempt: Mapped[int]
+    time: Mapped[datetime]
+    data: Mapped[dict[str, Any]]
+
+
+class LeaseRow(Table):
+    """Who may do a work that one process does at a time; the token grows with every new holder."""
+
+    __tablename__ = "leases"
+    name: Mapped[str] = mapped_column(primary_key=True)
+    holder: Mapped[str]
+    token: Mapped[int] = mapped_column(BigInteger)
+    expires_at: Mapped[datetime]
 
 
 class Adapter(Table):

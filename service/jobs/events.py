@@ -12,7 +12,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.adapters.storage import Storage, events_key
-from service.db.tables import Event, utc_now
+from service.db.tables import Event, Job, utc_now
 
 FINAL_JOB_EVENTS = frozenset({"job.succeeded", "job.failed", "job.cancelled"})
 
@@ -38,10 +38,13 @@ def add_event(
     seq: int | None = None,
     time: datetime | None = None,
 ) -> None:
-    """Append an event; its id is greater than that of every earlier event."""
+    """Append an event under the job's next number. The caller has locked the job (repository.lock_job)."""
+    job = session.get_one(Job, job_id)
+    job.last_event += 1
     session.add(
         Event(
             job_id=job_id,
+            id=job.last_event,
             run_id=run_id,
             attempt=attempt,
             seq=seq,
@@ -50,7 +53,6 @@ def add_event(
             data=dict(data),
         )
     )
-    session.flush()  # ids follow the order of the calls
 
 
 def events_after(session: Session, job_id: str, after: int, limit: int) -> Sequence[Event]:

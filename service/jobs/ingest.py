@@ -15,10 +15,10 @@ from service.adapters import registry
 from service.adapters.registry import ManifestError
 from service.adapters.storage import Storage, attempt_key, task_key
 from service.db.session import Sessions
-from service.db.tables import Attempt, Run, Task
+from service.db.tables import Attempt, Metric, Run, Task
 from service.jobs import repository
 from service.jobs.events import WorkerEvent, add_event, read_worker_events
-from service.jobs.states import RunState, TaskState
+from service.jobs.states import AT_WORK_RUN_STATES, FINAL_RUN_STATES, RunState, TaskState, change_state
 
 _TASK_STATES = {
     "task.started": TaskState.TRAINING,
@@ -26,6 +26,8 @@ _TASK_STATES = {
     "task.evaluating": TaskState.EVALUATING,
     "task.evaluated": TaskState.EVALUATING,
 }
+METRICS = ("loss", "learning_rate", "tokens_per_s")
+"""What of a step event is kept as a metric."""
 
 
 def ingest_events(sessions: Sessions, storage: Storage, run_id: str, attempt: int) -> None:
@@ -36,7 +38,7 @@ def ingest_events(sessions: Sessions, storage: Storage, run_id: str, attempt: in
     if not events:
         return
     with sessions.write() as session:
-        run = repository.get_run(session, run_id)
+        run = repository.lock_run(session, run_id)
         row = session.get_one(Attempt, (run_id, attempt))
         for event in events:
             if event.seq <= row.last_seq:  # another look was faster
@@ -51,7 +53,7 @@ def ingest_events(sessions: Sessions, storage: Storage, run_id: str, attempt: in
                 seq=event.seq,
                 time=event.time,
             )
-            _apply(session, run, event)
+            _apply(session, run, row.number, event)
             row.last_seq = event.seq
 
 
@@ -92,10 +94,10 @@ def _commit_chain(sessions: Sessions, storage: Storage, run_id: str, task_dir: s
     if first_open is not None and parent is not None and stored.manifest.task_index > first_open.index:
         _commit_chain(sessions, storage, run_id, parent)
     with sessions.write() as session:
+        run = repository.lock_run(session, run_id)
         task = next(iter(open_tasks(session, run_id)), None)
-        if task is None or task.index != stored.manifest.task_index:
+        if task is None or task.index != stored.manifest.task_index or run.state in FINAL_RUN_STATES:
             return False
-        run = repository.get_run(session, run_id)
         job = repository.get_job(session, run.job_id)
         newest = registry.latest_version(session, job.id)
         if parent != (None if newest is None else newest.task_dir):
@@ -105,14 +107,33 @@ def _commit_chain(sessions: Sessions, storage: Storage, run_id: str, task_dir: s
     return True
 
 
-def _apply(session: Session, run: Run, event: WorkerEvent) -> None:
+def _apply(session: Session, run: Run, attempt: int, event: WorkerEvent) -> None:
     """Show in the run, its tasks and its job what a worker's event says."""
     if event.type == "run.started":
         if run.state in (RunState.SUBMITTING, RunState.SCHEDULING):
             repository.set_run_state(session, run, RunState.RUNNING)
     elif event.type == "step":
         repository.get_job(session, run.job_id).progress = event.data
-    elif event.type in _TASK_STATES:
+        _keep_metrics(session, run, attempt, event)
+    elif event.type in _TASK_STATES and run.state in AT_WORK_RUN_STATES:
         for task in open_tasks(session, run.id):
             if task.name == event.data.get("task"):
-                task.state = _TASK_STATES[event.type]
+                change_state(task, f"task {task.name!r}", _TASK_STATES[event.type])
+
+
+def _keep_metrics(session: Session, run: Run, attempt: int, event: WorkerEvent) -> None:
+    """Keep what a step measured; the same step of a later attempt replaces it."""
+    position = (event.data.get("task_index"), event.data.get("step"))
+    if not all(isinstance(number, int) for number in position):  # a worker of another version
+        return
+    measured = {name: event.data[name] for name in METRICS if name in event.data}
+    session.merge(
+        Metric(
+            job_id=run.job_id,
+            task_index=position[0],
+            step=position[1],
+            attempt=attempt,
+            time=event.time,
+            data=measured,
+        )
+    )

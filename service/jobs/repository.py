@@ -1,30 +1,43 @@
-"""Reads and changes of jobs, runs and tasks. Every function works inside the caller's transaction."""
+"""Reads and changes of jobs, runs and tasks. Every function works inside the caller's transaction.
+
+A transaction that changes a job calls lock_job first: it then sees the newest state of the job and its rows,
+and whoever else wants to change the job waits until it ends.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import select
-from sqlalchemy.orm import Session, defer
+from sqlalchemy import exists, func, select
+from sqlalchemy.exc import IntegrityError
+from sqlalchemy.orm import Session, aliased, defer
 
 from service.adapters.storage import dataset_key
-from service.db.tables import Attempt, Dataset, Job, Run, Task, utc_now
+from service.db.tables import DEFAULT_OWNER, Attempt, Dataset, Job, Run, Task, utc_now
 from service.errors import Conflict, NotFound
 from service.ids import new_id
 from service.jobs.events import add_event
+from service.jobs.queue import WaitingRun
 from service.jobs.states import (
     AT_WORK_RUN_STATES,
     FINAL_RUN_STATES,
+    STOPPING_RUN_STATES,
     UNFINISHED_RUN_STATES,
+    WAITING_RUN_STATES,
     Reason,
     RunState,
     TaskState,
-    check_run_change,
+    change_state,
 )
 from service.specs import JobSpec, PlannedDataset, PlannedTask, TaskSpec
 
 CANCELLED_BY_USER = "cancelled by the user"
+PAUSED_BY_USER = "paused by the user"
+WAITS_FOR_PLACE = "waits for a free place"
+_SHOWN_RUN_STATES = FINAL_RUN_STATES | STOPPING_RUN_STATES | WAITING_RUN_STATES
+"""Changes to these are events; the others have events of their own, such as run.submitted."""
 
 
 # ------------------------------------------------------------------------------------------------------ reads
@@ -50,6 +63,23 @@ def get_job(session: Session, job_id: str) -> Job:
     if found is None:
         raise NotFound(f"no job {job_id!r}", code="job_not_found")
     return found
+
+
+def lock_job(session: Session, job_id: str) -> Job:
+    """Return a job that nobody else changes until this transaction ends. Raises NotFound."""
+    found = session.get(Job, job_id, with_for_update=True, populate_existing=True)
+    if found is None:
+        raise NotFound(f"no job {job_id!r}", code="job_not_found")
+    return found
+
+
+def lock_run(session: Session, run_id: str) -> Run:
+    """Return a run whose job is locked. Raises NotFound."""
+    job_id = session.scalar(select(Run.job_id).where(Run.id == run_id))
+    if job_id is None:
+        raise NotFound(f"no run {run_id!r}", code="run_not_found")
+    lock_job(session, job_id)
+    return session.get_one(Run, run_id, populate_existing=True)
 
 
 def get_run(session: Session, run_id: str) -> Run:
@@ -89,25 +119,79 @@ def attempts_of(session: Session, run_id: str) -> Sequence[Attempt]:
     return session.scalars(select(Attempt).where(Attempt.run_id == run_id).order_by(Attempt.number)).all()
 
 
-def unfinished_runs(session: Session) -> Sequence[Run]:
-    """Return the runs that are not at an end, oldest first."""
-    wanted = select(Run).where(Run.state.in_(UNFINISHED_RUN_STATES)).order_by(Run.created_at, Run.id)
+def runs_in(session: Session, states: Collection[RunState]) -> Sequence[Run]:
+    """Return the runs in these states, oldest first."""
+    wanted = select(Run).where(Run.state.in_(states)).order_by(Run.created_at, Run.id)
     return session.scalars(wanted).all()
+
+
+def owners_at_work(session: Session) -> Sequence[str]:
+    """Return the owner of every run that has a place."""
+    wanted = select(Job.owner).join(Run, Run.job_id == Job.id).where(Run.state.in_(AT_WORK_RUN_STATES))
+    return session.scalars(wanted).all()
+
+
+def runs_that_can_start(session: Session, now: datetime) -> list[WaitingRun]:
+    """Return the queued runs whose job has no earlier unfinished run and whose back-off is over."""
+    earlier = aliased(Run)
+    is_first = ~exists().where(
+        earlier.job_id == Run.job_id,
+        earlier.number < Run.number,
+        earlier.state.in_(UNFINISHED_RUN_STATES),
+    )
+    wanted = (
+        select(Run.id, Job.owner, Job.priority, Run.started_at, Run.created_at)
+        .join(Job, Run.job_id == Job.id)
+        .where(Run.state == RunState.QUEUED, is_first)
+        .where((Run.not_before.is_(None)) | (Run.not_before <= now))
+    )
+    return [
+        WaitingRun(
+            run_id=row.id,
+            owner=row.owner,
+            priority=row.priority,
+            has_started=row.started_at is not None,
+            created_at=row.created_at,
+        )
+        for row in session.execute(wanted)
+    ]
+
+
+def last_started(session: Session) -> dict[str, datetime]:
+    """Return when each owner's newest run started."""
+    wanted = (
+        select(Job.owner, func.max(Run.started_at))
+        .join(Run, Run.job_id == Job.id)
+        .where(Run.started_at.is_not(None))
+        .group_by(Job.owner)
+    )
+    return {owner: started for owner, started in session.execute(wanted) if started is not None}
+
+
+def late_runs(session: Session, now: datetime) -> Sequence[Run]:
+    """Return the runs past their deadline that nobody has asked to end."""
+    states = UNFINISHED_RUN_STATES - {RunState.CANCELLING, RunState.PAUSED}
+    return session.scalars(select(Run).where(Run.state.in_(states), Run.deadline_at < now)).all()
 
 
 # ---------------------------------------------------------------------------------------------------- changes
 
 
 def create_job(
-    session: Session, spec: JobSpec, planned: Sequence[PlannedTask], *, base_model_path: str
+    session: Session,
+    spec: JobSpec,
+    planned: Sequence[PlannedTask],
+    *,
+    base_model_path: str,
+    owner: str = DEFAULT_OWNER,
 ) -> Job:
     """Store a job and its first run. Raises Conflict when the adapter's name is taken."""
     adapter = spec.adapter or spec.name
-    owner = session.scalar(select(Job.id).where(Job.adapter == adapter))
-    if owner is not None:
+    taken_by = session.scalar(select(Job.id).where(Job.adapter == adapter))
+    if taken_by is not None:
         raise Conflict(
-            f"adapter name {adapter!r} belongs to job {owner}: append tasks to it with "
-            f"POST /v1/jobs/{owner}/tasks, or give another name in `adapter`",
+            f"adapter name {adapter!r} belongs to job {taken_by}: append tasks to it with "
+            f"POST /v1/jobs/{taken_by}/tasks, or give another name in `adapter`",
             code="adapter_name_taken",
         )
     job = Job(
@@ -119,10 +203,16 @@ def create_job(
         base_model_path=base_model_path,
         base_model_id=spec.base_model.id,
         labels=dict(spec.labels),
+        owner=owner,
+        priority=spec.priority,
         num_tasks=0,
+        last_event=0,
     )
     session.add(job)
-    session.flush()
+    try:
+        session.flush()
+    except IntegrityError as error:  # another replica was faster
+        raise Conflict(f"adapter name {adapter!r} was just taken", code="adapter_name_taken") from error
     add_event(
         session, job.id, "job.created", {"name": job.name, "adapter": job.adapter, "num_tasks": len(planned)}
     )
@@ -157,11 +247,41 @@ def cancel_job(session: Session, job: Job) -> None:
         raise Conflict(f"job {job.id} is {job.state} and cannot be cancelled", code="job_finished")
     for run in runs_of(session, job.id):
         if run.state in AT_WORK_RUN_STATES:
-            run.cancel_requested_at = utc_now()
+            run.stop_requested_at = utc_now()
             set_run_state(session, run, RunState.CANCELLING)
     for run in runs_of(session, job.id):
-        if run.state == RunState.QUEUED:
+        if run.state in WAITING_RUN_STATES:
             set_run_state(session, run, RunState.CANCELLED, message=CANCELLED_BY_USER)
+
+
+def pause_job(session: Session, job: Job) -> None:
+    """Stop a job where it is; resume_job goes on from there. Raises Conflict on an ended job."""
+    if job.state in (RunState.PAUSED, RunState.PAUSING):
+        return
+    if job.state in FINAL_RUN_STATES or job.state == RunState.CANCELLING:
+        raise Conflict(f"job {job.id} is {job.state} and cannot be paused", code="not_pausable")
+    run = next(run for run in runs_of(session, job.id) if run.state in UNFINISHED_RUN_STATES)
+    if run.state == RunState.QUEUED:
+        set_run_state(session, run, RunState.PAUSED, message=PAUSED_BY_USER)
+    else:
+        run.stop_requested_at = utc_now()
+        set_run_state(session, run, RunState.PAUSING)
+
+
+def resume_job(session: Session, job: Job) -> None:
+    """Let a paused job wait for a place again. Raises Conflict unless it is paused."""
+    if job.state == RunState.QUEUED:
+        return
+    if job.state == RunState.PAUSING:
+        raise Conflict(f"job {job.id} is still pausing: resume it once it is paused", code="job_pausing")
+    if job.state != RunState.PAUSED:
+        raise Conflict(f"job {job.id} is {job.state}: only paused jobs are resumed", code="not_paused")
+    run = next(run for run in runs_of(session, job.id) if run.state == RunState.PAUSED)
+    if run.deadline_at is not None and run.paused_at is not None:
+        run.deadline_at += utc_now() - run.paused_at  # time in a pause does not count
+    run.not_before = None
+    run.attempts_without_commit = 0  # somebody looked at it
+    set_run_state(session, run, RunState.QUEUED, message=WAITS_FOR_PLACE)
 
 
 def retry_job(session: Session, job: Job) -> Run:
@@ -174,7 +294,7 @@ def retry_job(session: Session, job: Job) -> Run:
     run = _add_run(session, job, [task.index for task in tasks])
     for task in tasks:
         task.run_id = run.id
-        task.state = TaskState.PENDING
+        change_state(task, f"task {task.name!r}", TaskState.PENDING)
     refresh_job(session, job)
     return run
 
@@ -183,18 +303,20 @@ def set_run_state(
     session: Session, run: Run, state: RunState, *, reason: str | None = None, message: str | None = None
 ) -> None:
     """Move a run and bring its tasks, the runs that wait for it and its job along."""
-    check_run_change(run.id, run.state, state)
-    run.state = state
+    if run.state == state:
+        return
+    change_state(run, f"run {run.id}", state)
     run.reason, run.message = reason, message
     job = get_job(session, run.job_id)
     if state in FINAL_RUN_STATES:
         run.finished_at = utc_now()
         _end_tasks(session, run)
+    if state == RunState.PAUSED:
+        run.paused_at = utc_now()
+    if state in _SHOWN_RUN_STATES:
         add_event(session, run.job_id, f"run.{state}", {"reason": reason, "message": message}, run_id=run.id)
-        if state != RunState.SUCCEEDED:
-            _cancel_waiting(session, run)
-    elif state == RunState.CANCELLING:
-        add_event(session, run.job_id, "run.cancelling", {}, run_id=run.id)
+    if state in FINAL_RUN_STATES - {RunState.SUCCEEDED}:
+        _cancel_waiting(session, run)
     refresh_job(session, job)
 
 
@@ -241,9 +363,20 @@ def _add_run_with_tasks(
 
 
 def _add_run(session: Session, job: Job, task_indexes: list[Any]) -> Run:
-    number = len(runs_of(session, job.id)) + 1
+    earlier = runs_of(session, job.id)
+    number = len(earlier) + 1
+    waits_for = [run for run in earlier if run.state in UNFINISHED_RUN_STATES]
+    deadline_s = job.spec.get("limits", {}).get("deadline_s")
+    now = utc_now()
     run = Run(
-        id=new_id("run"), job_id=job.id, number=number, state=RunState.QUEUED, task_indexes=task_indexes
+        id=new_id("run"),
+        job_id=job.id,
+        number=number,
+        state=RunState.QUEUED,
+        message=f"waits for run {waits_for[-1].number} of this job" if waits_for else WAITS_FOR_PLACE,
+        task_indexes=task_indexes,
+        deadline_at=None if deadline_s is None else now + timedelta(seconds=deadline_s),
+        created_at=now,
     )
     session.add(run)
     session.flush()
@@ -255,20 +388,16 @@ def _end_tasks(session: Session, run: Run) -> None:
     at_work = (TaskState.TRAINING, TaskState.EVALUATING)
     for task in session.scalars(select(Task).where(Task.run_id == run.id, Task.state != TaskState.COMMITTED)):
         failed = run.state == RunState.FAILED and task.state in at_work
-        task.state = TaskState.FAILED if failed else TaskState.SKIPPED
+        change_state(task, f"task {task.name!r}", TaskState.FAILED if failed else TaskState.SKIPPED)
 
 
 def _cancel_waiting(session: Session, run: Run) -> None:
     message = f"run {run.number} of this job {run.state}"
-    waiting = select(Run).where(Run.job_id == run.job_id, Run.state == RunState.QUEUED).order_by(Run.number)
-    for later in session.scalars(waiting).all():
-        later.state, later.finished_at = RunState.CANCELLED, utc_now()
-        later.reason, later.message = Reason.PARENT_FAILED, message
-        _end_tasks(session, later)
-        add_event(
-            session,
-            run.job_id,
-            "run.cancelled",
-            {"reason": later.reason, "message": message},
-            run_id=later.id,
-        )
+    for later in runs_of(session, run.job_id):
+        if later.number > run.number and later.state == RunState.QUEUED:
+            change_state(later, f"run {later.id}", RunState.CANCELLED)
+            later.finished_at = utc_now()
+            later.reason, later.message = Reason.PARENT_FAILED, message
+            _end_tasks(session, later)
+            data = {"reason": later.reason, "message": message}
+            add_event(session, run.job_id, "run.cancelled", data, run_id=later.id)

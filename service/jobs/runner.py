@@ -13,6 +13,7 @@ import httpx
 JOBS_PATH = "/api/jobs/"
 TIMEOUT_S = 10.0
 _ALREADY_EXISTS = "already exists"
+_UNKNOWN_JOB = "does not exist"
 
 
 class RunnerUnreachable(RuntimeError):
@@ -108,9 +109,9 @@ class RayJobRunner:
 
     def _get(self, path: str) -> Any:
         answer = self._send("GET", path)
-        if answer.status_code == 404:
+        if answer.status_code == 404 and _UNKNOWN_JOB in answer.text:
             return None
-        _check(answer)
+        _check(answer)  # any other 404 comes from something that is not, or not yet, the Jobs API
         try:
             return answer.json()
         except json.JSONDecodeError as error:

@@ -5,16 +5,16 @@ Long, because every part that can lie, die or be away has its case, over the sam
 
 from __future__ import annotations
 
-from datetime import timedelta
 from typing import Any
 
 import pytest
 from sqlalchemy import event
 
 from service import reconciler as reconciler_module
+from service.db.tables import utc_now
+from service.jobs import advance as advance_module
 from service.jobs import repository
 from service.jobs.runner import RayJobState, RunnerRefused
-from service.reconciler import Reconciler
 from tests.service.control import Service, run_service, wait_until, write_events, write_outcome, write_task
 
 
@@ -50,6 +50,15 @@ def die(service: Service, run_id: str, attempt: int, state: RayJobState | None =
     service.reconciler.tick()
 
 
+def end_back_off(service: Service, run_id: str) -> None:
+    """The pause before the run's next attempt is over."""
+    with service.sessions.write() as session:
+        run = repository.lock_run(session, run_id)
+        assert run.not_before is not None
+        run.not_before = utc_now()
+    service.reconciler.tick()
+
+
 def test_plan_and_desired_state_are_stored_before_the_job_is_submitted(
     service: Service, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -69,7 +78,7 @@ def test_plan_and_desired_state_are_stored_before_the_job_is_submitted(
     monkeypatch.setattr(service.runner, "submit", look)
     service.reconciler.tick()
     command = f"python -m service.workers.driver --run {run_of(job)} --attempt 1"
-    assert seen == [({"state": "running"}, command, service.settings.storage_url)]
+    assert seen == [({"state": "running", "attempt": 1}, command, service.settings.storage_url)]
     assert service.job(job["id"])["state"] == "scheduling"
 
 
@@ -107,15 +116,15 @@ def test_events_written_while_the_reconciler_looks_are_kept_although_the_last_ta
     job = service.submit("one")
     service.reconciler.tick()
     steps = [("step", {"task": "one", "step": step, "num_steps": 2}) for step in (1, 2)]
-    look = Reconciler._ingest_manifests
+    look = advance_module.ingest_manifests
 
-    def trains_meanwhile(self: Reconciler, run_id: str, numbers: Any) -> str | None:
+    def trains_meanwhile(sessions: Any, storage: Any, run_id: str, number: int) -> None:
         if not service.storage.exists(f"runs/{run_id}/a1/tasks/0/manifest.json"):
             write_events(service.storage, run_id, 1, 1, steps)  # after the look at the events
             write_task(service.storage, run_id, 1, 0)
-        return look(self, run_id, numbers)
+        look(sessions, storage, run_id, number)
 
-    monkeypatch.setattr(Reconciler, "_ingest_manifests", trains_meanwhile)
+    monkeypatch.setattr(advance_module, "ingest_manifests", trains_meanwhile)
     service.reconciler.tick()
     assert service.job(job["id"])["state"] == "succeeded"
     types = service.event_types(job["id"])
@@ -203,7 +212,7 @@ def test_a_dead_driver_is_followed_by_an_attempt_that_trains_only_the_rest(
     first = write_task(service.storage, run, 1, 0)
     plan = service.storage.read_json(f"runs/{run}/plan.json")
     die(service, run, 1)
-    assert attempts(service, run) == [(1, "lost", "worker_lost"), (2, "submitting", None)]
+    assert attempts(service, run) == [(1, "lost", "worker_lost"), (2, "pending", None)]
     assert [task["state"] for task in service.job(job["id"])["tasks"]] == ["committed", "pending"]
     service.reconciler.tick()
     assert service.runner.submitted == [f"{run}-a1", f"{run}-a2"]
@@ -246,14 +255,13 @@ def test_attempts_without_a_new_task_are_limited_and_a_commit_resets_the_count(
 ) -> None:
     run = run_of(job)
     die(service, run, 1)
-    service.reconciler.tick()
     die(service, run, 2)
-    service.reconciler.tick()
+    end_back_off(service, run)
     first = write_task(service.storage, run, 3, 0)  # max_attempts is 3
     die(service, run, 3)
-    service.reconciler.tick()
     die(service, run, 4)
-    service.reconciler.tick()
+    assert service.job(job["id"])["state"] == "queued"
+    end_back_off(service, run)
     assert service.job(job["id"])["state"] == "scheduling"
     die(service, run, 5, state=None)
     shown = service.job(job["id"])
@@ -315,7 +323,7 @@ def test_an_outcome_that_a_repeat_can_help_is_repeated(
 ) -> None:
     write_outcome(service.storage, run_of(job), 1, "failed", reason)
     service.reconciler.tick()
-    assert attempts(service, run_of(job)) == [(1, "failed", reason), (2, "submitting", None)]
+    assert attempts(service, run_of(job)) == [(1, "failed", reason), (2, "pending", None)]
 
 
 def test_a_driver_that_says_succeeded_without_its_tasks_is_not_believed(
@@ -370,27 +378,28 @@ def test_a_cancelled_run_whose_driver_is_gone_ends_as_cancelled(
     assert service.runner.submitted == [f"{run_of(job)}-a1"]
 
 
+@pytest.mark.parametrize("verb", ["cancel", "pause"])
 def test_a_run_that_does_not_stop_in_time_is_stopped_by_ray(
-    service: Service, job: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+    service: Service, job: dict[str, Any], verb: str
 ) -> None:
-    service.client.post(f"/v1/jobs/{job['id']}:cancel")
+    service.client.post(f"/v1/jobs/{job['id']}:{verb}")
     service.reconciler.tick()
     assert service.runner.stopped == []
-    monkeypatch.setattr(reconciler_module, "CANCEL_GRACE", timedelta(0))
+    object.__setattr__(service.settings, "stop_grace_s", 0.0)
     service.reconciler.tick()
     assert service.runner.stopped == [f"{run_of(job)}-a1"]
 
 
 def test_one_broken_run_does_not_stop_the_others(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = service.submit(name="a"), service.submit(name="b")
-    advance = Reconciler._advance
+    advance = reconciler_module.advance
 
-    def breaks(self: Reconciler, run_id: str) -> None:
+    def breaks(parts: Any, run_id: str) -> None:
         if run_id == run_of(first):
             raise RuntimeError("broken")
-        advance(self, run_id)
+        advance(parts, run_id)
 
-    monkeypatch.setattr(Reconciler, "_advance", breaks)
+    monkeypatch.setattr(reconciler_module, "advance", breaks)
     object.__setattr__(service.settings, "max_concurrent_runs", 2)
     service.reconciler.tick()
     assert service.runner.submitted == [f"{run_of(second)}-a1"]
