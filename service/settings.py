@@ -16,8 +16,8 @@ class Settings(BaseSettings):
     home: Path = Field(default_factory=lambda: Path.home() / ".clpeft")
     host: str = "127.0.0.1"
     port: int = Field(8321, ge=0, le=65535)
-    database_url: str = ""
-    """SQLAlchemy URL; empty means SQLite under home."""
+    database_url: str = Field("", repr=False)
+    """sqlite:////path or postgresql://user:password@host/name; empty means SQLite under home."""
     storage_url: str = ""
     """fsspec URL; empty means a folder under home."""
     models_dir: Path = Path()

@@ -11,9 +11,11 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
+from sqlalchemy.exc import SQLAlchemyError
 
 from service.api.deps import SessionsDep
 from service.api.views import EventView, Page
+from service.db.engines import is_away
 from service.db.session import Sessions
 from service.errors import Invalid
 from service.jobs.events import events_after
@@ -55,7 +57,12 @@ async def events(
 async def _follow(request: Request, sessions: Sessions, job_id: str, after: int) -> AsyncIterator[bytes]:
     sent_at = time.monotonic()
     while not request.app.state.stopping.is_set():
-        found, is_final = await run_sync(_look, sessions, job_id, after, BATCH_SIZE)
+        try:
+            found, is_final = await run_sync(_look, sessions, job_id, after, BATCH_SIZE)
+        except SQLAlchemyError as error:
+            if not is_away(error):
+                raise
+            found, is_final = [], False  # the stream goes on when the database is back
         for event in found:
             yield format_sse_event(data_str=event.model_dump_json(), event=event.type, id=str(event.id))
             after = event.id

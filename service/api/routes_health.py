@@ -32,8 +32,8 @@ class Readiness(BaseModel):
 
 
 @router.get("/healthz")
-def healthz() -> Health:
-    """Answer as long as the process lives."""
+async def healthz() -> Health:
+    """Answer as long as the process lives, also while every thread waits for a part that does not answer."""
     return Health()
 
 

@@ -1,4 +1,7 @@
-"""Fixtures of the control plane's tests: settings in a temporary folder, a database, a served application."""
+"""Fixtures of the control plane's tests: settings in a temporary folder, a database, a served application.
+
+Whatever asks for `sessions` or `service` runs on SQLite and on PostgreSQL.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from service.db.session import Sessions, open_database
 from service.ray_head import RayHead, running_ray
 from service.settings import Settings
 from tests.service.control import Service, run_service
+from tests.service.postgres import PostgresServer, running_postgres
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +22,35 @@ def ray_head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
     """One Ray head for every test that needs a cluster and leaves it as it was."""
     with running_ray(tmp_path_factory.mktemp("ray")) as running:
         yield running
+
+
+@pytest.fixture(scope="session")
+def postgres() -> Iterator[PostgresServer]:
+    """One PostgreSQL server for every test that leaves it running."""
+    with running_postgres() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def migrated_postgres(postgres: PostgresServer) -> str:
+    """Name of a database with the newest schema, which all tests share."""
+    name = "suite"
+    open_database(postgres.create(name)).close()
+    return name
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """URL of an empty database of each kind, for one test.
+
+    In PostgreSQL it is emptied, not made anew: that costs milliseconds, a new one a second on a busy machine.
+    """
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'clpeft.db'}"
+    name: str = request.getfixturevalue("migrated_postgres")
+    server: PostgresServer = request.getfixturevalue("postgres")
+    server.wipe(name)
+    return server.url(name)
 
 
 @pytest.fixture
@@ -32,9 +65,9 @@ def settings(tmp_path: Path) -> Settings:
 
 
 @pytest.fixture
-def sessions(settings: Settings) -> Iterator[Sessions]:
+def sessions(database_url: str) -> Iterator[Sessions]:
     """An empty database."""
-    opened = open_database(settings.database_url)
+    opened = open_database(database_url)
     yield opened
     opened.close()
 

@@ -81,7 +81,7 @@ def test_writers_take_turns_and_none_is_lost(sessions: Sessions, job_id: str) ->
     def count_up() -> None:
         for _ in range(20):
             with sessions.write() as session:
-                job = repository.get_job(session, job_id)
+                job = session.get_one(Job, job_id, with_for_update=True)
                 job.num_committed = job.num_committed + 1
 
     threads = [threading.Thread(target=count_up) for _ in range(4)]

