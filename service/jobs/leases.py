@@ -18,7 +18,7 @@ from service.db.session import Sessions
 from service.db.tables import LeaseRow, utc_now
 
 RECONCILER = "reconciler"
-"""The only lease; a migration made its row."""
+"""The only lease."""
 
 
 class LeaseLost(RuntimeError):
@@ -46,8 +46,11 @@ def acquire(session: Session, name: str, holder: str, ttl: timedelta) -> Lease |
     Times are the database's where it has a clock of its own, so that hosts need not agree.
     """
     asked_at = utc_now()
-    row = session.get_one(LeaseRow, name, with_for_update=True, populate_existing=True)
+    row = session.get(LeaseRow, name, with_for_update=True, populate_existing=True)
     now = _database_time(session)
+    if row is None:  # of two processes that come first, one fails here and tries again
+        row = LeaseRow(name=name, holder="", token=0, expires_at=now)
+        session.add(row)
     if row.holder != holder and row.expires_at > now:
         return None
     if row.holder != holder:

@@ -6,8 +6,6 @@ before the upgrade means nothing after it.
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
-
 import sqlalchemy as sa
 from alembic import op
 from sqlalchemy.dialects import postgresql
@@ -41,18 +39,13 @@ def upgrade() -> None:
         sa.ForeignKeyConstraint(["job_id"], ["jobs.id"], name=op.f("fk_metrics_job_id")),
         sa.PrimaryKeyConstraint("job_id", "task_index", "step", name=op.f("pk_metrics")),
     )
-    leases = op.create_table(
+    op.create_table(
         "leases",
         sa.Column("name", sa.String(255), nullable=False),
         sa.Column("holder", sa.String(255), nullable=False),
         sa.Column("token", sa.BigInteger(), nullable=False),
         sa.Column("expires_at", TIME, nullable=False),
         sa.PrimaryKeyConstraint("name", name=op.f("pk_leases")),
-    )
-    op.execute(
-        leases.insert().values(
-            name="reconciler", holder="", token=0, expires_at=datetime(2000, 1, 1, tzinfo=UTC)
-        )
     )
     _rebuild_events(
         sa.Column("job_id", sa.String(255), nullable=False),
