@@ -102,15 +102,15 @@ class Job(Table):
     base_model_path: Mapped[str] = mapped_column(Text)
     base_model_id: Mapped[str]
     labels: Mapped[dict[str, Any]]
-    owner: Mapped[str] = mapped_column(default=DEFAULT_OWNER)
+    owner: Mapped[str] = mapped_column(default=DEFAULT_OWNER, server_default=DEFAULT_OWNER)
     """Who submitted it: places are shared fairly between owners."""
-    priority: Mapped[int] = mapped_column(default=0)
+    priority: Mapped[int] = mapped_column(default=0, server_default="0")
     """Among the owner's own jobs, the higher one starts first."""
     num_tasks: Mapped[int]
     num_committed: Mapped[int] = mapped_column(default=0)
     progress: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """The newest step event's data of the run at work."""
-    last_event: Mapped[int] = mapped_column(default=0)
+    last_event: Mapped[int] = mapped_column(default=0, server_default="0")
     """The newest event's id."""
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
     updated_at: Mapped[datetime] = mapped_column(default=utc_now, onupdate=utc_now)

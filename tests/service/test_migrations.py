@@ -93,6 +93,10 @@ def test_each_step_down_gives_back_exactly_the_schema_before_it(url: str) -> Non
     assert schema(url) == before[REVISIONS[-1]]
 
 
+RENAMED = {"runs": {"stop_requested_at": "cancel_requested_at"}}
+"""Columns of the first tables that later revisions call otherwise."""
+
+
 def rows(url: str) -> dict[str, list[dict[str, Any]]]:
     """All rows of the first revision's tables, only its columns, events in their jobs' order without ids."""
     engine, found = make_engine(url), {}
@@ -102,6 +106,8 @@ def rows(url: str) -> dict[str, list[dict[str, Any]]]:
             table = known[name]
             keys = ["job_id", "id"] if name == "events" else [column.name for column in table.primary_key]
             kept = [column for column in table.c if column.name in given[0]]
+            old_names = RENAMED.get(name, {})
+            kept += [table.c[new].label(old) for new, old in old_names.items() if new in table.c]
             read = connection.execute(select(*kept).order_by(*(table.c[key] for key in keys))).mappings()
             found[name] = [_plain(row, {"id"} if name == "events" else set()) for row in read]
     engine.dispose()
