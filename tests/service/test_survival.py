@@ -1,0 +1,128 @@
+"""What keeps a control plane right over time: metrics, owners, files of ended runs, rows that are final."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import DatabaseError
+
+from service.jobs import repository
+from service.jobs.events import add_event, events_after
+from tests.service.control import Service, write_events, write_outcome, write_task
+from tests.service.test_pause import run_id
+
+
+def step(number: int, loss: float) -> tuple[str, dict[str, Any]]:
+    """A step event of the first task."""
+    data = {"task": "one", "task_index": 0, "step": number, "num_steps": 3, "loss": loss, "eta_s": 1.0}
+    return "step", data
+
+
+def test_a_step_that_is_trained_again_is_one_metric_with_its_newest_value(service: Service) -> None:
+    job = service.submit("one")
+    run = run_id(job)
+    service.reconciler.tick()
+    write_events(service.storage, run, 1, 1, [step(1, 3.0), step(2, 2.0)])
+    service.reconciler.tick()
+    service.runner.states[f"{run}-a1"] = None
+    service.reconciler.tick()
+    write_events(service.storage, run, 2, 1, [step(2, 2.5), step(3, 1.0)])
+    service.reconciler.tick()
+    page = service.client.get(f"/v1/jobs/{job['id']}/metrics", params={"task": "one"}).json()
+    assert [(row["step"], row["attempt"], row["data"]) for row in page["data"]] == [
+        (1, 1, {"loss": 3.0}),
+        (2, 2, {"loss": 2.5}),
+        (3, 2, {"loss": 1.0}),
+    ]
+    paged = service.client.get(f"/v1/jobs/{job['id']}/metrics", params={"limit": 2}).json()
+    assert (len(paged["data"]), paged["has_more"], paged["next_cursor"]) == (2, True, "2")
+    rest = service.client.get(f"/v1/jobs/{job['id']}/metrics", params={"limit": 2, "after": 2}).json()
+    assert [row["step"] for row in rest["data"]] == [3]
+    unknown = service.client.get(f"/v1/jobs/{job['id']}/metrics", params={"task": "two"})
+    assert (unknown.status_code, unknown.json()["code"]) == (404, "task_not_found")
+
+
+def test_owners_come_from_the_header_of_a_trusted_proxy_and_share_the_places(service: Service) -> None:
+    object.__setattr__(service.settings, "owner_header", "X-Forwarded-User")
+    service.client.headers["X-Forwarded-User"] = "alice"
+    alices = [service.submit(name=f"alice-{number}", priority=number) for number in range(2)]
+    service.client.headers["X-Forwarded-User"] = "bob"
+    bobs = service.submit(name="bob")
+    assert bobs["owner"] == "bob"
+    object.__setattr__(service.settings, "max_concurrent_runs", 2)
+    service.reconciler.tick()
+    assert service.runner.submitted == [f"{run_id(alices[1])}-a1", f"{run_id(bobs)}-a1"]
+    del service.client.headers["X-Forwarded-User"]
+    refused = service.client.post("/v1/jobs", json=service.job_body("one", name="nobody"))
+    assert refused.status_code == 422
+    assert "X-Forwarded-User" in refused.json()["detail"]
+
+
+def test_files_that_no_version_needs_go_when_a_run_has_ended(service: Service) -> None:
+    job = service.submit("one", "two")
+    service.reconciler.tick()
+    run, storage = run_id(job), service.storage
+    kept = write_task(storage, run, 1, 0)
+    for key in (
+        f"runs/{run}/train/a1/task00001-step000000004/data",
+        f"runs/{run}/a1/memory/3/data",
+        f"runs/{run}/a1/tasks/1/adapter/half",
+        f"runs/{run}/a1/logs/driver/000000000000.log",
+    ):
+        storage.write_bytes(key, b"x")
+    write_outcome(storage, run, 1, "failed", "oom")
+    service.reconciler.tick()
+    assert storage.exists(f"runs/{run}/train")  # not yet: they are kept for a while
+    object.__setattr__(service.settings, "keep_files_s", 0.0)
+    service.reconciler.tick()
+    names = {name: storage.exists(f"runs/{run}/{name}") for name in ("train", "a1/memory", "a1/tasks/1")}
+    assert names == {"train": False, "a1/memory": False, "a1/tasks/1": False}
+    assert storage.exists(f"{kept}/manifest.json")
+    assert storage.exists(f"runs/{run}/a1/logs/driver/000000000000.log")
+    assert storage.exists(f"runs/{run}/plan.json")
+
+
+@pytest.mark.parametrize(
+    "statement",
+    [
+        "UPDATE runs SET state = 'queued'",
+        "UPDATE runs SET message = 'other'",
+        "UPDATE attempts SET state = 'running'",
+        "UPDATE tasks SET state = 'pending'",
+        "UPDATE adapter_versions SET task_name = 'other'",
+        "UPDATE events SET type = 'other'",
+    ],
+)
+def test_the_database_itself_refuses_to_change_what_is_final(service: Service, statement: str) -> None:
+    job = service.submit("one")
+    service.reconciler.tick()
+    write_task(service.storage, run_id(job), 1, 0)
+    service.reconciler.tick()
+    assert service.job(job["id"])["state"] == "succeeded"
+    with pytest.raises(DatabaseError, match="change"), service.sessions.write() as session:
+        session.execute(text(statement))
+
+
+def test_writers_of_one_job_number_its_events_without_a_gap(service: Service) -> None:
+    job_id = service.submit("one")["id"]
+    given: list[int] = []
+
+    def write() -> None:
+        for _ in range(15):
+            with service.sessions.write() as session:
+                given.append(repository.lock_job(session, job_id).last_event)
+                add_event(session, job_id, "job.odd", {})
+
+    threads = [threading.Thread(target=write) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    with service.sessions.read() as session:
+        ids = [event.id for event in events_after(session, job_id, 0, 1000)]
+    assert ids == list(range(1, len(ids) + 1))
+    assert len(ids) == 60 + 2  # job.created and run.queued
+    assert sorted(given) == list(range(2, 62))
