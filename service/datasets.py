@@ -9,15 +9,17 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import Any, TypeVar
 
+from anyio import CancelScope
 from anyio.to_thread import run_sync
 
 from service.adapters.storage import Storage, dataset_key
 from service.errors import Invalid, Problem, TooLarge
 
+T = TypeVar("T")
 MAX_ERRORS = 100
 DRAIN_BYTES = 64 * 2**20
 """How much of a refused upload is still read: many clients send everything before they read the answer."""
@@ -159,24 +161,15 @@ async def store_rows(
 ) -> StoredRows:
     """Read an upload to its end and store its rows.
 
-    Raises TooLarge over max_upload_bytes, Invalid with up to 100 errors that name their lines.
+    Raises TooLarge over max_upload_bytes, Invalid with up to 100 errors that name their lines, StorageError.
     """
-    is_complete = False
-    try:
-        with ExitStack() as stack:
-            file: IO[bytes] = await run_sync(stack.enter_context, storage.open_new(dataset_key(dataset_id)))
-            reader = RowReader(max_row_bytes, file.write)
-            await _read_all(pieces, reader, max_upload_bytes)
-            if reader.errors:
-                count = (
-                    f"{len(reader.errors)} or more rows" if reader.is_full else f"{len(reader.errors)} errors"
-                )
-                more = f" ({count})" if len(reader.errors) > 1 else ""
-                raise Invalid(f"{reader.errors[0].detail}{more}", code="invalid_rows", problems=reader.errors)
-        is_complete = True
-    finally:
-        if not is_complete:
-            storage.delete(f"datasets/{dataset_id}")
+    async with _in_thread(storage.open_new(dataset_key(dataset_id))) as file:
+        reader = RowReader(max_row_bytes, file.write)
+        await _read_all(pieces, reader, max_upload_bytes)
+        if reader.errors:
+            count = f"{len(reader.errors)} or more rows" if reader.is_full else f"{len(reader.errors)} errors"
+            more = f" ({count})" if len(reader.errors) > 1 else ""
+            raise Invalid(f"{reader.errors[0].detail}{more}", code="invalid_rows", problems=reader.errors)
     return StoredRows(
         format=str(reader.format),
         num_rows=reader.num_rows,
@@ -184,6 +177,19 @@ async def store_rows(
         sha256=reader.digest.hexdigest(),
         statistics=reader.statistics(),
     )
+
+
+@asynccontextmanager
+async def _in_thread(manager: AbstractContextManager[T]) -> AsyncIterator[T]:
+    """Enter and leave a blocking context outside the event loop; a cancelled one leaves it too."""
+    value = await run_sync(manager.__enter__)
+    try:
+        yield value
+    except BaseException as error:
+        with CancelScope(shield=True):
+            await run_sync(manager.__exit__, type(error), error, error.__traceback__)
+        raise
+    await run_sync(manager.__exit__, None, None, None)
 
 
 async def _read_all(pieces: AsyncIterator[bytes], reader: RowReader, max_upload_bytes: int) -> None:

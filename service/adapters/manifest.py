@@ -18,7 +18,7 @@ from pydantic import BaseModel, ConfigDict
 from service.specs import BaseModelSpec
 
 MANIFEST_NAME = "manifest.json"
-PREDICTIONS = "predictions"
+ADAPTER, STATE, PREDICTIONS = "adapter", "state", "predictions"
 
 
 class ManifestFile(BaseModel):

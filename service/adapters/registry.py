@@ -23,7 +23,6 @@ from service.specs import NAME_PATTERN
 
 DEFAULT_ALIAS = "live"
 _VERSION_PATTERN = re.compile(r"^v(\d{1,9})$")
-_CHUNK_BYTES = 2**20
 
 
 class ManifestError(RuntimeError):
@@ -213,10 +212,9 @@ def latest_version(session: Session, job_id: str) -> AdapterVersion | None:
 def _check_file(storage: Storage, key: str, num_bytes: int, sha256: str) -> None:
     digest, size = hashlib.sha256(), 0
     try:
-        with storage.fs.open(storage.path(key), "rb") as file:
-            while chunk := file.read(_CHUNK_BYTES):
-                digest.update(chunk)
-                size += len(chunk)
+        for chunk in storage.chunks(key):
+            digest.update(chunk)
+            size += len(chunk)
     except FileNotFoundError as error:
         raise ManifestError(f"{key} is in its manifest but not in storage") from error
     except ValueError as error:

@@ -15,6 +15,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
+from service.adapters.storage import StorageError
 from service.db.engines import is_away
 from service.errors import (
     Conflict,
@@ -52,6 +53,7 @@ def add_problem_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _request_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(SQLAlchemyError, _database_error)
+    app.add_exception_handler(StorageError, _storage_error)
     app.add_exception_handler(ClientDisconnect, _disconnected)
     app.add_exception_handler(Exception, _unexpected)
 
@@ -157,6 +159,11 @@ def _database_error(request: Request, error: Exception) -> JSONResponse:
         return _unexpected(request, error)
     logger.error("the database does not answer: %s", error)
     return _answer(request, 503, "database_unavailable", "the database does not answer; try again")
+
+
+def _storage_error(request: Request, error: Exception) -> JSONResponse:
+    logger.error("%s %s: %s", request.method, request.url.path, error)
+    return _answer(request, 503, "storage_unavailable", f"{error}; try again")
 
 
 def _unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -10,7 +10,6 @@ from fastapi import APIRouter, Response
 from pydantic import BaseModel
 from sqlalchemy import text
 
-from service.adapters.storage import Storage
 from service.api.deps import RunnerDep, SessionsDep, StorageDep
 from service.db.session import Sessions
 
@@ -42,7 +41,7 @@ def readyz(response: Response, sessions: SessionsDep, storage: StorageDep, runne
     """Check database, storage and Ray; 503 when one does not answer."""
     checks = {
         "database": _check(lambda: _check_database(sessions)),
-        "storage": _check(lambda: _check_storage(storage)),
+        "storage": _check(storage.check),
         "ray": _check(runner.check),
     }
     is_ready = all(result == "ok" for result in checks.values())
@@ -62,8 +61,3 @@ def _check(probe: Callable[[], None]) -> str:
 def _check_database(sessions: Sessions) -> None:
     with sessions.read() as session:
         session.execute(text("SELECT 1 FROM jobs LIMIT 1"))
-
-
-def _check_storage(storage: Storage) -> None:
-    storage.fs.makedirs(storage.root, exist_ok=True)
-    storage.fs.ls(storage.root)

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import ray
 
 from clcore.engine.memory import InProcessMemory, Row, State
+from service.adapters.manifest import STATE
 from service.adapters.storage import Storage, attempt_key
+from service.adapters.store_calls import PATIENCE_S
+from service.adapters.version_files import fetch_folder
 from service.memory.rows import RowReader
 
 NAMESPACE = "clpeft"
+SNAPSHOT_FILES = ("memory.json", "memory.safetensors")
 
 
 def actor_name(run_id: str, attempt: int) -> str:
@@ -35,12 +40,23 @@ class MemoryActor:
     def __init__(
         self, storage_url: str, run_id: str, attempt: int, generation: str, start_key: str | None
     ) -> None:
-        self._storage = Storage(storage_url)
+        self._storage = Storage(storage_url, patience_s=PATIENCE_S)
         self._folder = f"{attempt_key(run_id, attempt)}/memory"
-        self._memory = InProcessMemory(RowReader(self._storage), generation=generation)
-        saved = [f"{self._folder}/{name}" for name in self._saved_versions()]
-        for key in saved or ([start_key] if start_key else []):
-            self._restore(key)
+        self._generation, self._start_key = generation, start_key
+        self._num_saved = 0
+        """The newest version that lies in storage."""
+
+    @cached_property
+    def _memory(self) -> InProcessMemory:
+        """Loaded by the first call, which then raises what is wrong; Ray hides errors of a constructor."""
+        memory = InProcessMemory(RowReader(self._storage), generation=self._generation)
+        saved = self._saved_versions()
+        for version in saved:
+            self._restore(memory, f"{self._folder}/{version}")
+        if not saved and self._start_key:
+            self._restore(memory, self._start_key)
+        self._num_saved = memory.newest
+        return memory
 
     def newest(self) -> int:
         """Return the newest version's number."""
@@ -60,11 +76,13 @@ class MemoryActor:
         """See MemoryStore.write; rows are loaded here, by reference. Saved to storage before it returns."""
         rows: dict[str, dict[str, Row]] = {key: {ref: {} for ref in of_key} for key, of_key in refs.items()}
         version = self._memory.write(op_id, base_version, states, rows)
-        with tempfile.TemporaryDirectory() as folder:
-            self._memory.snapshot(version, Path(folder))
-            self._storage.put_folder(folder, f"{self._folder}/{version}")
-        for name in self._saved_versions()[:-2]:
-            self._storage.delete(f"{self._folder}/{name}")
+        if version > self._num_saved:  # a repeat of a write that could not be saved is saved now
+            with tempfile.TemporaryDirectory() as folder:
+                self._memory.snapshot(version, Path(folder))
+                self._storage.put_folder(folder, f"{self._folder}/{version}")
+            self._num_saved = version
+            for old in self._saved_versions()[:-2]:
+                self._storage.delete(f"{self._folder}/{old}")
         return version
 
     def snapshot(self, version: int) -> tuple[str, dict[str, bytes]]:
@@ -77,13 +95,21 @@ class MemoryActor:
         """Overwrite one stored row: the next task that reads it trains on the new text."""
         self._memory.replace_row(ref, row)
 
-    def _saved_versions(self) -> list[str]:
-        return sorted(self._storage.names(self._folder), key=int)
+    def _saved_versions(self) -> list[int]:
+        """Return the versions whose files are all there, oldest first."""
+        found = set(self._storage.find(self._folder))
+        versions = {int(key.removeprefix(f"{self._folder}/").partition("/")[0]) for key in found}
+        whole = [v for v in versions if {f"{self._folder}/{v}/{name}" for name in SNAPSHOT_FILES} <= found]
+        return sorted(whole)
 
-    def _restore(self, key: str) -> None:
+    def _restore(self, memory: InProcessMemory, key: str) -> None:
+        task_dir, _, name = key.rpartition("/")
         with tempfile.TemporaryDirectory() as folder:
-            self._storage.get_folder(key, folder)
-            self._memory.restore(Path(folder))
+            if name == STATE:  # a version's files have their checksums in its manifest
+                fetch_folder(self._storage, task_dir, STATE, Path(folder))
+            else:
+                self._storage.get_folder(key, folder)
+            memory.restore(Path(folder))
 
 
 def start_memory(storage_url: str, run_id: str, attempt: int, generation: str, start_key: str | None) -> Any:

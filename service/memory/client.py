@@ -12,6 +12,7 @@ from ray.exceptions import RayTaskError
 from clcore.engine.errors import ClError
 from clcore.engine.memory import Row, State
 from clcore.engine.state import as_arrays
+from service.adapters.storage import StorageError
 
 
 class ActorMemory:
@@ -51,6 +52,6 @@ def _call(method: Any, *args: Any) -> Any:
     try:
         return ray.get(method.remote(*args))
     except RayTaskError as error:
-        if isinstance(error.cause, ClError):
+        if isinstance(error.cause, ClError | StorageError):
             raise error.cause from error
         raise

@@ -28,22 +28,24 @@ class RowReader:
         dataset_id, _, number = ref.partition(":")
         if not number.isdigit():
             raise StateError(f"bad row reference {ref!r}; expected <data set>:<row>")
-        path = self._storage.path(dataset_key(dataset_id))
+        key = dataset_key(dataset_id)
         try:
-            offsets = self._offsets_of(dataset_id, path)
+            offsets = self._offsets_of(dataset_id, key)
             if int(number) >= len(offsets) - 1:
                 raise StateError(f"data set {dataset_id} has {len(offsets) - 1} rows, no row {number}")
-            start, end = offsets[int(number)], offsets[int(number) + 1]
-            row: dict[str, Any] = json.loads(self._storage.fs.cat_file(path, start=int(start), end=int(end)))
+            start, end = int(offsets[int(number)]), int(offsets[int(number) + 1])
+            row: dict[str, Any] = json.loads(self._storage.read_range(key, start, end))
         except FileNotFoundError as error:
             raise StateError(f"the rows of data set {dataset_id} were deleted") from error
         return row
 
-    def _offsets_of(self, dataset_id: str, path: str) -> np.ndarray:
+    def _offsets_of(self, dataset_id: str, key: str) -> np.ndarray:
+        """Return where each row starts and the last one ends; every row ends with a line feed."""
         if dataset_id not in self._offsets:
-            ends = [0]
-            with self._storage.fs.open(path, "rb") as file:
-                for line in file:
-                    ends.append(ends[-1] + len(line))
-            self._offsets[dataset_id] = np.array(ends, dtype=np.int64)
+            offsets, num_bytes = [np.zeros(1, dtype=np.int64)], 0
+            for chunk in self._storage.chunks(key):
+                ends = np.flatnonzero(np.frombuffer(chunk, dtype=np.uint8) == ord("\n"))
+                offsets.append(ends.astype(np.int64) + num_bytes + 1)
+                num_bytes += len(chunk)
+            self._offsets[dataset_id] = np.concatenate(offsets)
         return self._offsets[dataset_id]

@@ -7,10 +7,13 @@ import itertools
 import tempfile
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from service.adapters.manifest import ADAPTER
 from service.adapters.storage import Storage
+from service.adapters.version_files import fetch_folder
 from service.serving import transformers_models as models
 from service.serving.cache import LeaseCache
 from service.serving.engine import EngineStatus, Event, Finished, GenerateRequest, ServingError, Started
@@ -104,21 +107,12 @@ class TransformersEngine:
 
     async def _load_adapter(self, key: _AdapterKey) -> Attached:
         async with self._bases.lease(key.base_path) as base:
-            with ExitStack() as files:
+            with tempfile.TemporaryDirectory() as folder:
                 try:
-                    folder = await asyncio.to_thread(self._adapter_folder, f"{key.task_dir}/adapter", files)
+                    await asyncio.to_thread(fetch_folder, self._storage, key.task_dir, ADAPTER, Path(folder))
                     return await self._thread.change(lambda: models.attach(base, folder, next(self._names)))
                 except (OSError, ValueError, ServingError) as error:
                     raise ServingError(f"{key.id} in {key.task_dir!r} does not load: {error}") from error
-
-    def _adapter_folder(self, key: str, files: ExitStack) -> str:
-        if not self._storage.exists(key):
-            raise FileNotFoundError(f"storage has no {key!r}")
-        if self._storage.is_local:
-            return self._storage.path(key)
-        folder = files.enter_context(tempfile.TemporaryDirectory())
-        self._storage.get_folder(key, folder)
-        return folder
 
     async def _unload_adapter(self, attached: Attached) -> None:
         await self._thread.change(lambda: models.detach(attached))

@@ -11,23 +11,44 @@ import argparse
 import os
 import sys
 import time
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlparse
 
 import ray
 from ray.autoscaler.sdk import request_resources
 from ray.exceptions import RayActorError
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig, WorkerGroupError
+from ray.train import (
+    CheckpointConfig,
+    ControllerError,
+    FailureConfig,
+    RunConfig,
+    ScalingConfig,
+    TrainingFailedError,
+    UserCallback,
+    WorkerGroupError,
+)
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
-from service.adapters.storage import Storage, outcome_key, plan_key, worker_outcome_key
+from service.adapters.storage import (
+    Storage,
+    StorageError,
+    desired_key,
+    outcome_key,
+    plan_key,
+    train_key,
+    worker_outcome_key,
+)
+from service.adapters.store_calls import PATIENCE_S
 from service.memory.actor import NAMESPACE, start_memory
 from service.specs import RunPlan
+from service.workers.log_shipping import shipped_log
 from service.workers.progress import find_progress, newest_checkpoint
+from service.workers.ray_storage import ray_filesystem
 
 MAX_WORKER_FAILURES = 3
+Outcome = Mapping[str, Any]
+"""state, reason and message, as in outcome.json."""
 
 
 def main() -> int:
@@ -36,40 +57,59 @@ def main() -> int:
     parser.add_argument("--run", required=True)
     parser.add_argument("--attempt", required=True, type=int)
     arguments = parser.parse_args()
-    run_attempt(os.environ["CLPEFT_STORAGE_URL"], arguments.run, arguments.attempt)
+    storage = Storage(os.environ["CLPEFT_STORAGE_URL"], patience_s=PATIENCE_S)
+    with shipped_log(storage, arguments.run, arguments.attempt, "driver"):
+        run_attempt(storage, arguments.run, arguments.attempt)
     return 0
 
 
-def run_attempt(storage_url: str, run_id: str, attempt: int) -> None:
+def run_attempt(storage: Storage, run_id: str, attempt: int) -> None:
     """Train the pending tasks of a run and write outcome.json.
 
-    Raises what Ray Train raises when workers died more often than allowed: the caller's exit code then asks
-    for another attempt.
+    Raises what Ray Train raises when workers died more often than allowed, and StorageError when even the
+    outcome cannot be written: the caller's exit code then asks for another attempt.
     """
-    storage = Storage(storage_url)
+    try:
+        outcome = _stop_wanted(storage, run_id, attempt) or _train(storage, run_id, attempt)
+    except StorageError as error:
+        outcome = {"state": "failed", "reason": "storage_error", "message": str(error)}
+    storage.write_json(outcome_key(run_id, attempt), outcome)
+
+
+def _stop_wanted(storage: Storage, run_id: str, attempt: int) -> Outcome | None:
+    """Return the outcome of an attempt that need not begin; None if it is to work."""
+    try:
+        desired = storage.read_json(desired_key(run_id))
+    except FileNotFoundError:
+        return None
+    state = str(desired["state"])
+    if desired.get("attempt", attempt) > attempt:
+        state = "superseded"
+    if state == "running":
+        return None
+    return {"state": state, "reason": None, "message": f"{state} before it began"}
+
+
+def _train(storage: Storage, run_id: str, attempt: int) -> Outcome:
+    """Run one fit over the pending tasks and return how it ended."""
     plan = RunPlan.model_validate_json(storage.read_bytes(plan_key(run_id)))
     progress = find_progress(storage, plan, attempt)
     if progress.num_done == len(plan.tasks):
-        storage.write_json(
-            outcome_key(run_id, attempt), {"state": "succeeded", "reason": None, "message": ""}
-        )
-        return
+        return {"state": "succeeded", "reason": None, "message": ""}
     ray.init(address="auto", namespace=NAMESPACE, log_to_driver=True)
     wait_s = float(os.environ.get("CLPEFT_CAPACITY_WAIT_S", "5"))
     missing = missing_capacity(plan.training.num_workers, wait_s)
     if missing:
-        outcome = {"state": "failed", "reason": "no_capacity", "message": missing}
-        storage.write_json(outcome_key(run_id, attempt), outcome)
-        return
+        return {"state": "failed", "reason": "no_capacity", "message": missing}
     checkpoint = newest_checkpoint(storage, plan, attempt, progress)
     memory_key = checkpoint or progress.memory_key
-    memory = start_memory(storage_url, run_id, attempt, plan.generation, memory_key)
+    memory = start_memory(storage.url, run_id, attempt, plan.generation, memory_key)
     num_gpus = ray.cluster_resources().get("GPU", 0)  # type: ignore[no-untyped-call]
     use_gpu = num_gpus >= plan.training.num_workers
     trainer = TorchTrainer(
         train_loop,
         train_loop_config={
-            "storage_url": storage_url,
+            "storage_url": storage.url,
             "run_id": run_id,
             "attempt": attempt,
             "memory": memory,
@@ -79,24 +119,46 @@ def run_attempt(storage_url: str, run_id: str, attempt: int) -> None:
         scaling_config=ScalingConfig(num_workers=plan.training.num_workers, use_gpu=use_gpu),
         run_config=RunConfig(
             name=f"a{attempt}",
-            storage_path=_train_folder(storage, run_id),
+            storage_path=train_key(run_id),
+            storage_filesystem=ray_filesystem(storage),
             failure_config=FailureConfig(max_failures=MAX_WORKER_FAILURES),
             checkpoint_config=CheckpointConfig(num_to_keep=2),
+            callbacks=[EndOnStorageError()],  # type: ignore[list-item]
         ),
     )
     try:
         trainer.fit()
-        outcome = storage.read_json(worker_outcome_key(run_id, attempt))
-    except WorkerGroupError as error:
-        if any(
-            isinstance(e, RayActorError | WorkerHealthCheckFailedError)
-            for e in error.worker_failures.values()
-        ):
-            raise  # a worker or its machine died; another attempt may succeed
-        outcome = {"state": "failed", "reason": "internal", "message": str(error)[-2000:]}
+    except TrainingFailedError as error:
+        return _failure(error)
     finally:
         ray.kill(memory)
-    storage.write_json(outcome_key(run_id, attempt), outcome)
+    outcome: Outcome = storage.read_json(worker_outcome_key(run_id, attempt))
+    return outcome
+
+
+class EndOnStorageError(UserCallback):
+    """Ends the fit when storage fails a worker: it has waited long enough, new workers would wait again."""
+
+    def after_exception(self, run_context: Any, worker_exceptions: Mapping[int, Exception]) -> None:  # noqa: ARG002
+        """Called in Train's controller, where an exception ends the fit. Raises StorageError."""
+        for error in worker_exceptions.values():
+            if isinstance(error, StorageError):
+                raise error
+
+
+def _failure(error: TrainingFailedError) -> Outcome:
+    """Say how a fit failed. Raises StorageError, and the error itself when another attempt may succeed."""
+    causes = [error.controller_failure] if isinstance(error, ControllerError) else []
+    if isinstance(error, WorkerGroupError):
+        causes = list(error.worker_failures.values())
+    for cause in causes:
+        if isinstance(cause, StorageError):
+            raise cause
+        if isinstance(cause, RayActorError | WorkerHealthCheckFailedError):
+            raise error  # a worker or its machine died
+    if not isinstance(error, WorkerGroupError):
+        raise error
+    return {"state": "failed", "reason": "internal", "message": str(error)[-2000:]}
 
 
 def missing_capacity(num_workers: int, wait_s: float) -> str | None:
@@ -114,16 +176,10 @@ def train_loop(config: dict[str, Any]) -> None:
     """Run on every worker; what it imports takes seconds, which the driver and Ray's controller save."""
     from service.workers.train_loop import train_tasks
 
-    train_tasks(config)
-
-
-def _train_folder(storage: Storage, run_id: str) -> str:
-    key = f"runs/{run_id}/train"
-    if not storage.is_local:
-        return storage.uri(key)
-    folder = Path(urlparse(storage.uri(key)).path)
-    folder.mkdir(parents=True, exist_ok=True)
-    return str(folder)
+    storage = Storage(config["storage_url"], patience_s=PATIENCE_S)
+    rank = ray.train.get_context().get_world_rank()
+    with shipped_log(storage, config["run_id"], config["attempt"], f"worker-{rank}-{os.getpid()}"):
+        train_tasks(config)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from clcore.engine.errors import ConfigError
 from clcore.engine.tasks import Example, derive_seed, encode_row
+from service.adapters.manifest import ADAPTER
 from service.adapters.storage import Storage
+from service.adapters.version_files import fetch_folder
 from service.specs import RunPlan
 
 
@@ -37,7 +39,8 @@ class LoadedModel:
 def load_model(storage: Storage, plan: RunPlan, task_dir: str | None) -> LoadedModel:
     """Load the base model with the adapter of a version, or a fresh one that depends on the seed alone.
 
-    Raises ConfigError when max_length does not fit the model, or no module has the target names.
+    Raises ConfigError when max_length does not fit the model, or no module has the target names; DamagedFile
+    when the version's files are not those of its manifest.
     """
     dtype = torch.bfloat16 if plan.training.precision == "bf16" else torch.float32
     source: dict[str, Any] = {"trust_remote_code": False, "revision": plan.base_model.revision}
@@ -53,7 +56,7 @@ def load_model(storage: Storage, plan: RunPlan, task_dir: str | None) -> LoadedM
         model = _fresh_adapter(base, plan)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            storage.get_folder(f"{task_dir}/adapter", folder)
+            fetch_folder(storage, task_dir, ADAPTER, Path(folder))
             model = PeftModel.from_pretrained(base, folder, is_trainable=True)
     model.to(ray.train.torch.get_device())
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from clcore.engine.errors import StateError
 from clcore.engine.state import load_state
-from service.adapters.manifest import MANIFEST_NAME, Manifest
-from service.adapters.storage import Storage, task_key
+from service.adapters.manifest import MANIFEST_NAME, STATE
+from service.adapters.storage import Storage, task_key, train_key
+from service.adapters.version_files import read_manifest
 from service.specs import RunPlan
 
 _CHECKPOINT_NAME = re.compile(r"^task(\d{5})-step(\d{9})$")
@@ -33,7 +34,7 @@ class Progress:
     @property
     def memory_key(self) -> str | None:
         """Storage folder of the memory snapshot to go on from."""
-        return f"{self.task_dir}/state" if self.task_dir else None
+        return f"{self.task_dir}/{STATE}" if self.task_dir else None
 
 
 def find_progress(storage: Storage, plan: RunPlan, attempt: int) -> Progress:
@@ -52,11 +53,6 @@ def find_progress(storage: Storage, plan: RunPlan, attempt: int) -> Progress:
     return Progress(num_done, task_dir, version)
 
 
-def read_manifest(storage: Storage, task_dir: str) -> Manifest:
-    """Read the manifest of a task directory. Raises FileNotFoundError."""
-    return Manifest.model_validate_json(storage.read_bytes(f"{task_dir}/{MANIFEST_NAME}"))
-
-
 def _newest_complete(storage: Storage, run_id: str, attempt: int, task_index: int) -> str | None:
     for number in range(attempt, 0, -1):
         key = task_key(run_id, number, task_index)
@@ -72,7 +68,7 @@ def newest_checkpoint(storage: Storage, plan: RunPlan, attempt: int, progress: P
     """
     wanted = plan.tasks[progress.num_done].index
     for number in range(attempt - 1, 0, -1):
-        folder = f"runs/{plan.run_id}/train/a{number}"
+        folder = f"{train_key(plan.run_id)}/a{number}"
         for name in reversed(storage.names(folder)):
             match = _CHECKPOINT_NAME.match(name)
             if match and int(match[1]) == wanted and _is_whole(storage, f"{folder}/{name}", plan.generation):
@@ -82,10 +78,10 @@ def newest_checkpoint(storage: Storage, plan: RunPlan, attempt: int, progress: P
 
 def _is_whole(storage: Storage, key: str, generation: str) -> bool:
     with tempfile.TemporaryDirectory() as folder:
-        storage.get_folder(key, folder)
         try:
+            storage.get_folder(key, folder)
             load_state(Path(folder), "training", generation=generation)
             load_state(Path(folder), "memory", generation=generation)
-        except StateError:
+        except (StateError, FileNotFoundError):  # files that were about to be deleted are gone
             return False
     return True

@@ -30,6 +30,7 @@ from clcore.engine.state import load_state, save_state
 from clcore.engine.strategy import Strategy, compose
 from service.adapters.manifest import CurvePoint
 from service.adapters.storage import Storage, desired_key, plan_key, worker_outcome_key
+from service.adapters.store_calls import PATIENCE_S
 from service.memory.client import ActorMemory
 from service.specs import PlannedTask, RunPlan
 from service.workers.events import EventWriter
@@ -50,7 +51,7 @@ class CancelledRun(Exception):
 def train_tasks(config: dict[str, Any]) -> None:
     """Train, evaluate and store every pending task of a run. Runs on each worker of the group."""
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // parallel.world_size()))
-    storage = Storage(config["storage_url"])
+    storage = Storage(config["storage_url"], patience_s=PATIENCE_S)
     run_id, attempt = config["run_id"], config["attempt"]
     plan = RunPlan.model_validate_json(storage.read_bytes(plan_key(run_id)))
     events = EventWriter(storage, run_id, attempt) if parallel.rank() == 0 else None

@@ -15,6 +15,7 @@ from service.ray_head import RayHead, running_ray
 from service.settings import Settings
 from tests.service.control import Service, run_service
 from tests.service.postgres import PostgresServer, running_postgres
+from tests.service.s3_server import S3Server, running_s3
 
 
 @pytest.fixture(scope="session")
@@ -76,4 +77,11 @@ def sessions(database_url: str) -> Iterator[Sessions]:
 def service(settings: Settings, sessions: Sessions) -> Iterator[Service]:
     """A served control plane; the test calls reconciler.tick() itself."""
     with run_service(settings, sessions) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One real S3 server with an empty bucket."""
+    with running_s3(tmp_path_factory.mktemp("s3")) as running:
         yield running

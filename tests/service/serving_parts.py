@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from service.adapters.manifest import MANIFEST_NAME, Manifest, ManifestFile
 from service.adapters.storage import Storage
 from service.db.session import Sessions
 from service.db.tables import Adapter, AdapterVersion, Alias, Job, Run
+from service.specs import BaseModelSpec
 
 CONTEXT_TOKENS = 4096
 CHAT_TEMPLATE = (
@@ -102,6 +105,43 @@ def direct_text(base: Path, adapter: Path | None, prompt: str, num_tokens: int) 
     return str(tokenizer.decode(ids, skip_special_tokens=True))
 
 
+def vouch(storage: Storage, key: str, base: Path) -> None:
+    """Write a manifest for the files that lie in a task directory, which makes them a version."""
+    files = {
+        name.removeprefix(f"{key}/"): storage.read_bytes(name)
+        for name in storage.find(key)
+        if not name.endswith(MANIFEST_NAME)
+    }
+    manifest = Manifest(
+        job_id="job_1",
+        run_id="run_1",
+        attempt=1,
+        task_index=0,
+        task_name="t1",
+        adapter="tiny",
+        parent_dir=None,
+        base_model=BaseModelSpec(id="org/tiny"),
+        base_model_path=str(base),
+        peft={},
+        strategy=[],
+        data_format="completion",
+        files={
+            name: ManifestFile(bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+            for name, data in files.items()
+        },
+        dataset_sha256={},
+        memory_version=0,
+        scores={},
+        base_scores={},
+        num_eval_rows={},
+        training={},
+        environment={},
+        code_version="0",
+        created_at="2026-01-01",
+    )
+    storage.write_bytes(f"{key}/{MANIFEST_NAME}", manifest.model_dump_json().encode())
+
+
 def task_dir(name: str, version: int) -> str:
     """Storage key of a version's task directory."""
     return f"runs/run_{name}/a1/tasks/{version - 1}"
@@ -113,6 +153,7 @@ def commit_version(
     """Make a version: its files, its registry rows, the alias moved to it. Returns the adapter folder."""
     key = task_dir(name, version)
     folder = save_adapter(Path(storage.path(f"{key}/adapter")), base, seed=version + sum(name.encode()))
+    vouch(storage, key, base)
     manifest = {"base_model": {"id": "org/tiny"}, "base_model_path": str(base), "data_format": "completion"}
     with sessions.write() as session:
         if session.get(Adapter, name) is None:

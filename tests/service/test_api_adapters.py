@@ -110,7 +110,7 @@ def test_every_answer_carries_a_request_id(service: Service) -> None:
 
 
 def test_an_unexpected_error_is_a_500_with_a_request_id(service: Service) -> None:
-    service.storage.fs = None  # type: ignore[assignment]
+    service.storage.open_new = None  # type: ignore[assignment, method-assign]
     answer = service.client.delete(f"/v1/datasets/{'x' * 5}")
     assert answer.status_code == 404
     dataset = service.client.post(

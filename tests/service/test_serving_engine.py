@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from service.adapters.storage import Storage
 from service.serving.engine import (
     AdapterRef,
     ChatMessage,
@@ -27,7 +28,14 @@ from service.serving.engine import (
 )
 from service.serving.transformers_engine import TransformersEngine
 from service.serving.transformers_models import attach, load_base
-from tests.service.serving_parts import CONTEXT_TOKENS, direct_text, direct_tokens, save_adapter, save_base
+from tests.service.serving_parts import (
+    CONTEXT_TOKENS,
+    direct_text,
+    direct_tokens,
+    save_adapter,
+    save_base,
+    vouch,
+)
 
 PROMPT = "the answer is"
 NUM_TOKENS = 24
@@ -63,6 +71,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     base = save_base(tmp_path_factory.mktemp("base"))
     for seed, (name, targets) in enumerate(SHAPES.items(), 1):
         save_adapter(storage / name / "adapter", base, seed, targets=targets)
+        vouch(Storage(f"file://{storage}"), name, base)
     return Models(storage, base)
 
 
@@ -269,7 +278,9 @@ def test_an_adapter_that_does_not_fit_leaves_nothing_in_its_base(models: Models,
     assert list(base.peft.peft_config) == ["a"]
 
 
-def test_pickled_weights_strange_shapes_and_missing_files_are_refused(models: Models, tmp_path: Path) -> None:
+def test_pickled_weights_strange_shapes_changed_and_missing_files_are_refused(
+    models: Models, tmp_path: Path
+) -> None:
     async def check() -> None:
         storage = tmp_path / "storage"
         pickled = save_adapter(storage / "pickled" / "adapter", models.base, 1)
@@ -278,12 +289,19 @@ def test_pickled_weights_strange_shapes_and_missing_files_are_refused(models: Mo
         wide = save_adapter(storage / "wide" / "adapter", models.base, 1)
         config = json.loads((wide / "adapter_config.json").read_text())
         (wide / "adapter_config.json").write_text(json.dumps(config | {"r": 5}))
+        changed = save_adapter(storage / "changed" / "adapter", models.base, 1)
         save_adapter(storage / "good" / "adapter", models.base, 1)
+        for name in ("pickled", "wide", "changed", "good"):
+            vouch(Storage(f"file://{storage}"), name, models.base)
+        weights = bytearray((changed / "adapter_model.safetensors").read_bytes())
+        weights[-1] ^= 1
+        (changed / "adapter_model.safetensors").write_bytes(weights)
         engine = TransformersEngine(storage_url=f"file://{storage}", max_adapters=2, num_threads=1)
         for name, reason in {
             "pickled": "no adapter_model.safetensors",
             "wide": "does not fit",
-            "missing": "storage has no",
+            "changed": "changed/adapter/adapter_model.safetensors is damaged",
+            "missing": "missing/manifest.json",
             "../good": "bad storage key",
         }.items():
             with pytest.raises(ServingError, match=reason):

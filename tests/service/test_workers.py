@@ -20,12 +20,13 @@ from clcore.engine.memory import MemorySession
 from clcore.engine.tasks import encode_row
 from clcore.strategies.replay_experience import ExperienceReplay
 from service.adapters.storage import Storage, events_key, outcome_key, task_key, tensorboard_key
+from service.adapters.version_files import read_manifest
 from service.memory.actor import NAMESPACE, actor_name, start_memory
 from service.memory.client import ActorMemory
 from service.memory.rows import RowReader, row_ref
 from service.ray_head import RayHead
 from service.specs import EvaluationSpec, LoggingSpec, PlannedDataset, RunPlan, StrategySpec
-from service.workers.progress import find_progress, read_manifest
+from service.workers.progress import find_progress
 from tests.service.tiny import letter_rows, put_dataset, put_plan, save_tiny_model
 
 pytestmark = pytest.mark.ray
