@@ -7,7 +7,7 @@ import itertools
 import json
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -16,7 +16,9 @@ import pytest
 
 from service.adapters.storage import Storage, desired_key, plan_key
 from service.db.session import open_database
+from service.jobs.leases import LeaseLost
 from service.jobs.runner import RayJobState
+from service.reconciler import Reconciler
 from service.settings import Settings
 from tests.service.control import (
     ScriptedRunner,
@@ -41,6 +43,7 @@ class PaperWorkers:
     def __init__(self, storage: Storage, runner: ScriptedRunner) -> None:
         self._storage, self._runner = storage, runner
         self._done: set[str] = set()
+        self.error: Exception | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._work, name="paper-workers", daemon=True)
 
@@ -53,10 +56,13 @@ class PaperWorkers:
         self._thread.join()
 
     def _work(self) -> None:
-        while not self._stopping.wait(0.02):
-            for submission in list(self._runner.submitted):
-                if submission not in self._done and self._train(submission):
-                    self._done.add(submission)
+        try:
+            while not self._stopping.wait(0.02):
+                for submission in list(self._runner.submitted):
+                    if submission not in self._done and self._train(submission):
+                        self._done.add(submission)
+        except Exception as error:
+            self.error = error
 
     def _train(self, submission: str) -> bool:
         """Train an attempt's tasks; False while it goes on."""
@@ -73,7 +79,7 @@ class PaperWorkers:
         for task in tasks:
             for kind in ("task.started", "step", "step", "task.trained", "task.evaluated"):
                 write_events(self._storage, run_id, attempt, next(seq), [(kind, {"task": task["name"]})])
-            write_task(self._storage, run_id, attempt, tasks.index(task))
+            write_task(self._storage, run_id, attempt, task["index"])
         return self._end(submission, run_id, attempt, "succeeded")
 
     def _end(self, submission: str, run_id: str, attempt: int, state: str) -> bool:
@@ -124,16 +130,25 @@ def body(dataset: str, name: str, *tasks: str) -> dict[str, Any]:
 def follow_by_turns(replicas: Sequence[Service], job_id: str, *, events_each: int) -> list[dict[str, Any]]:
     """Read a job's stream to its end, moving to the other replica after every few events."""
     seen: list[dict[str, Any]] = []
+    end = time.monotonic() + 120
     for replica in itertools.cycle(replicas):
         headers = SSE | ({"Last-Event-ID": str(seen[-1]["id"])} if seen else {})
         url = f"{replica.client.base_url}/v1/jobs/{job_id}/events"
         with httpx.stream("GET", url, headers=headers, timeout=120, trust_env=False) as answer:
-            lines = (line for line in answer.iter_lines() if line.startswith("data: "))
+            lines = (line for line in _until(end, answer.iter_lines()) if line.startswith("data: "))
             some = [json.loads(line.removeprefix("data: ")) for line in itertools.islice(lines, events_each)]
         seen += some
         if len(some) < events_each:
             return seen
     raise AssertionError("not reached")
+
+
+def _until(end: float, lines: Iterator[str]) -> Iterator[str]:
+    """Pass lines on; a stream that never ends fails here (a heartbeat comes every few seconds)."""
+    for line in lines:
+        if time.monotonic() > end:
+            raise TimeoutError("the stream did not end")
+        yield line
 
 
 def test_of_many_submissions_of_one_name_one_is_taken(replicas: tuple[Service, Service]) -> None:
@@ -166,7 +181,7 @@ def test_no_job_task_or_event_is_lost_or_doubled_whichever_replica_is_asked(
     jobs = [answer.json()["id"] for answer in answers]
     cancelled, grown = jobs[:2], jobs[2:]
     readers: dict[str, list[dict[str, Any]]] = {}
-    with ThreadPoolExecutor(8) as pool, PaperWorkers(first.storage, first.runner):
+    with ThreadPoolExecutor(8) as pool, PaperWorkers(first.storage, first.runner) as workers:
         following = {job: pool.submit(follow_by_turns, replicas, job, events_each=3) for job in cancelled}
         appended = together(
             [
@@ -187,7 +202,7 @@ def test_no_job_task_or_event_is_lost_or_doubled_whichever_replica_is_asked(
             ]
         )
         assert {answer.status_code for answer in stopped} == {202}
-        wait_until(lambda: _all_ended(second, jobs), "all jobs to end", 120)
+        wait_until(lambda: _all_ended(second, jobs, workers), "all jobs to end", 120)
         following |= {job: pool.submit(follow_by_turns, replicas, job, events_each=3) for job in grown}
         readers = {job: future.result() for job, future in following.items()}
     for job in jobs:
@@ -207,7 +222,9 @@ def _at_work(service: Service, jobs: Sequence[str]) -> bool:
     return all(service.job(job)["state"] in ("scheduling", "running") for job in jobs)
 
 
-def _all_ended(service: Service, jobs: Sequence[str]) -> bool:
+def _all_ended(service: Service, jobs: Sequence[str], workers: PaperWorkers) -> bool:
+    if workers.error is not None:
+        raise workers.error
     time.sleep(0.1)
     return all(service.job(job)["state"] in FINAL for job in jobs)
 
@@ -225,3 +242,51 @@ def _check_history(events: list[dict[str, Any]], job: dict[str, Any]) -> None:
         for once in ("run.queued", "attempt.started", "run.submitted", f"run.{run['state']}"):
             assert [event["type"] for event in own].count(once) == 1, once
     assert types.count("task.committed") == sum(task["state"] == "committed" for task in job["tasks"])
+
+
+class StuckRunner(ScriptedRunner):
+    """A Jobs API that holds one caller inside submit() until the test lets it go on: a frozen process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.is_inside = threading.Event()
+        self.may_go_on = threading.Event()
+
+    def submit(self, submission_id: str, entrypoint: str, env: Mapping[str, str]) -> None:
+        """Submit; the first caller freezes when it has."""
+        super().submit(submission_id, entrypoint, env)
+        if not self.is_inside.is_set():
+            self.is_inside.set()
+            assert self.may_go_on.wait(60)
+
+
+def test_one_reconciler_works_and_the_next_takes_over_when_it_is_frozen_and_its_late_write_is_refused(
+    settings: Settings, postgres: PostgresServer, migrated_postgres: str
+) -> None:
+    postgres.wipe(migrated_postgres)
+    settings = settings.model_copy(update={"lease_s": 1.0})
+    runner = StuckRunner()
+    with contextlib.ExitStack() as stack:
+        first, second = (open_database(postgres.url(migrated_postgres)) for _ in range(2))
+        stack.callback(first.close)
+        stack.callback(second.close)
+        service = stack.enter_context(run_service(settings, first, real_runner=runner))
+        standby = Reconciler(settings, sessions=second, storage=service.storage, runner=runner)
+        job = service.submit("one")
+        with ThreadPoolExecutor(1) as pool:
+            stack.callback(runner.may_go_on.set)
+            frozen = pool.submit(service.reconciler.tick)
+            assert runner.is_inside.wait(30)
+            assert standby.tick() is False  # the lease is held
+            assert service.job(job["id"])["state"] == "submitting"
+            wait_until(standby.tick, "the lease to expire and the other to take over")
+            wait_until(lambda: standby.tick() and _at_work(service, [job["id"]]), "the other to submit")
+            before = service.event_types(job["id"])
+            runner.may_go_on.set()
+            with pytest.raises(LeaseLost):
+                frozen.result(30)
+        assert service.event_types(job["id"]) == before
+        assert before.count("run.submitted") == before.count("attempt.started") == 1
+        assert set(runner.submitted) == {f"{job['runs'][0]['id']}-a1"}
+        assert service.reconciler.tick() is False  # it stands by now
+        assert standby.tick() is True
