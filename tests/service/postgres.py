@@ -207,9 +207,12 @@ class PostgresServer:
         try:
             subprocess.run([programs / "postgres", "--version"], capture_output=True, **self._start_options())
         except PermissionError:
-            copy = self._folder / "programs"
-            shutil.copytree(programs.parent, copy, symlinks=True)
-            return copy / programs.name
+            package = programs.parent.parent
+            copy = self._folder / "programs" / package.name
+            shutil.copytree(programs.parent, copy / programs.parent.name, symlinks=True)
+            # the wheel keeps the libraries beside the package
+            shutil.copytree(f"{package}.libs", f"{copy}.libs", symlinks=True)
+            return copy / programs.parent.name / programs.name
         return programs
 
 
