@@ -11,12 +11,15 @@ from sqlalchemy.engine import Connection, Dialect
 from sqlalchemy.exc import ArgumentError, DBAPIError, OperationalError, SQLAlchemyError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 
+from service.db.text import clean_parameters, to_json
+
 BUSY_TIMEOUT_S = 30
 """How long SQLite waits for another writer."""
 POOL_SIZE = 10
 MAX_OVERFLOW = 10
 """Connections beyond the pool in a rush: one process holds at most 20."""
 POOL_TIMEOUT_S = 10
+_COMMON: dict[str, Any] = {"hide_parameters": True, "json_serializer": to_json}
 _POSTGRESQL = ("postgresql", "postgresql+psycopg", "postgres")
 
 
@@ -77,7 +80,7 @@ def _sqlite(url: URL, *, migrates: bool) -> Engine:
         # Python's own transaction handling is off: our BEGIN below is the only one.
         connect_args={"timeout": BUSY_TIMEOUT_S, "isolation_level": None},
         execution_options={"clpeft_writes": migrates},
-        hide_parameters=True,
+        **_COMMON,
         pool_size=POOL_SIZE,
         max_overflow=MAX_OVERFLOW,
         pool_timeout=BUSY_TIMEOUT_S,
@@ -95,6 +98,7 @@ def _sqlite(url: URL, *, migrates: bool) -> Engine:
 
     event.listen(engine, "connect", prepare)
     event.listen(engine, "begin", _begin_sqlite)
+    event.listen(engine, "before_cursor_execute", clean_parameters, retval=True)
     return engine
 
 
@@ -116,7 +120,7 @@ def _postgresql(url: URL, *, migrates: bool) -> Engine:
     engine = create_engine(
         url,
         connect_args=connection_parameters(url.query, migrates=migrates),
-        hide_parameters=True,
+        **_COMMON,
         pool_size=POOL_SIZE,
         max_overflow=MAX_OVERFLOW,
         pool_timeout=POOL_TIMEOUT_S,
@@ -127,4 +131,5 @@ def _postgresql(url: URL, *, migrates: bool) -> Engine:
         return connect(*args, patient=migrates, **given)
 
     event.listen(engine, "do_connect", do_connect)
+    event.listen(engine, "before_cursor_execute", clean_parameters, retval=True)
     return engine

@@ -14,6 +14,8 @@ from sqlalchemy.orm import Session
 from service.adapters.storage import Storage, events_key
 from service.db.tables import Event, Job, utc_now
 
+MAX_TYPE_CHARACTERS = 255
+"""Width of the column."""
 FINAL_JOB_EVENTS = frozenset({"job.succeeded", "job.failed", "job.cancelled"})
 
 
@@ -86,6 +88,8 @@ def _read_line(line: bytes, seq: int) -> WorkerEvent:
         value = json.loads(line, parse_constant=lambda _: None)  # JSON has no NaN: a lost loss is null
         if value["seq"] != seq:
             raise ValueError(f"seq is {value['seq']}, expected {seq}")
+        if len(str(value["type"])) > MAX_TYPE_CHARACTERS:
+            raise ValueError(f"type has more than {MAX_TYPE_CHARACTERS} characters")
         time = datetime.fromisoformat(value["time"]).astimezone(UTC)
         return WorkerEvent(seq, time, str(value["type"]), dict(value["data"]))
     except (ValueError, KeyError, TypeError) as error:

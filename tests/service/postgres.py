@@ -161,12 +161,13 @@ class PostgresServer:
         self._do("DROP DATABASE {} WITH (FORCE)", database)
 
     def wipe(self, database: str) -> None:
-        """Delete every row of a migrated database, and cut who is still connected to it."""
+        """Make a migrated database as it was when new, and cut who is still connected to it."""
+        names = [table.name for table in Table.metadata.sorted_tables if table.name != "leases"]
+        statements = [sql.SQL("DELETE FROM {}").format(sql.Identifier(name)) for name in names]
+        statements.append(sql.SQL("UPDATE leases SET holder = '', token = 0, expires_at = '2000-01-01Z'"))
         with self._connect(database) as connection:
             connection.execute(_CUT_OTHERS, {"name": database})
-            connection.execute("SET session_replication_role = replica")  # foreign keys do not matter
-            names = [sql.Identifier(table.name) for table in Table.metadata.sorted_tables]
-            statements = [sql.SQL("DELETE FROM {}").format(name) for name in names]
+            connection.execute("SET session_replication_role = replica")  # no foreign keys, no triggers
             connection.execute(sql.SQL("; ").join(statements))
 
     def _do(self, statement: str, *names: str) -> None:
@@ -206,9 +207,12 @@ class PostgresServer:
         try:
             subprocess.run([programs / "postgres", "--version"], capture_output=True, **self._start_options())
         except PermissionError:
-            copy = self._folder / "programs"
-            shutil.copytree(programs.parent, copy, symlinks=True)
-            return copy / programs.name
+            package = programs.parent.parent
+            copy = self._folder / "programs" / package.name
+            shutil.copytree(programs.parent, copy / programs.parent.name, symlinks=True)
+            # the wheel keeps the libraries beside the package
+            shutil.copytree(f"{package}.libs", f"{copy}.libs", symlinks=True)
+            return copy / programs.parent.name / programs.name
         return programs
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import threading
@@ -16,6 +17,7 @@ from service.db.engines import DatabaseUrlError, is_away, make_engine, parse_url
 from service.db.session import Sessions, open_database
 from service.db.tables import Dataset
 from service.settings import Settings
+from tests.service.control import Service, write_events
 from tests.service.postgres import PASSWORD, PostgresServer
 
 
@@ -240,3 +242,54 @@ def test_writers_of_one_row_wait_for_each_other(sessions: Sessions) -> None:
         row = session.get(Dataset, "ds_1")
         assert row is not None
         assert row.num_rows == 41
+
+
+# ----------------------------------------------------------------------------------------------- odd values
+
+
+def test_what_cannot_be_stored_is_replaced_alike_in_both_databases(sessions: Sessions) -> None:
+    odd = "a\0b \ud800 \\u0000 é \U0001f600"
+    kept = "a\ufffdb \ufffd \\u0000 é \U0001f600"
+    numbers = {"nan": float("nan"), "inf": [float("-inf"), 1.5], "none": None}
+    row = dataset(odd)
+    row.statistics = {odd: odd, **numbers}
+    with sessions.write() as session:
+        session.add(row)
+    with sessions.read() as session:
+        found = session.get(Dataset, odd)
+        assert found is not None
+        assert (found.id, found.name) == (kept, kept)
+        assert found.statistics == {kept: kept, "nan": None, "inf": [None, 1.5], "none": None}
+
+
+def test_an_object_of_an_odd_name_is_not_found(service: Service) -> None:
+    for path in ("/v1/jobs/%00", "/v1/datasets/a%00b", "/v1/adapters/%ed%a0%80", "/v1/runs/%00"):
+        assert service.client.get(path).status_code == 404, path
+    assert service.client.get("/v1/jobs", params={"after": "\0"}).status_code == 200
+
+
+def test_a_job_with_odd_labels_is_stored(service: Service) -> None:
+    body = json.dumps(service.job_body("one", labels={"a": "b\0"}))
+    answer = service.client.post("/v1/jobs", content=body, headers={"Content-Type": "application/json"})
+    assert answer.status_code == 201, answer.text
+    assert service.job(answer.json()["id"])["labels"] == {"a": "b\ufffd"}
+
+
+def test_odd_worker_events_are_taken_alike(service: Service) -> None:
+    job = service.submit("one")
+    service.reconciler.tick()
+    run_id = job["runs"][0]["id"]
+    write_events(
+        service.storage, run_id, 1, 1, [("step", {"task": "one", "loss": float("nan"), "note": "\0\ud800"})]
+    )
+    service.storage.write_bytes(f"runs/{run_id}/a1/events/000000000002.jsonl", b'{"\x00\xff')
+    write_events(service.storage, run_id, 1, 3, [("x" * 300, {})])
+    service.reconciler.tick()
+    seen = [
+        event
+        for event in service.client.get(f"/v1/jobs/{job['id']}/events").json()["data"]
+        if event["seq"] is not None
+    ]
+    assert [event["seq"] for event in seen] == [1, 2, 3]
+    assert seen[0]["data"] == {"task": "one", "loss": None, "note": "\ufffd\ufffd"}
+    assert [event["type"] for event in seen[1:]] == ["event.unreadable"] * 2
