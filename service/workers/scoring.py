@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch.distributed as dist
@@ -44,8 +44,9 @@ def score_task(
 ) -> Scored:
     """Score the first rows of a task's evaluation set; None takes as many as the job says.
 
-    stored False answers afresh: in the middle of training, no digest says what the model is. shown_for: the
-    trained task whose evaluation this is part of, for events.
+    stored False answers afresh and does not stop: in the middle of training, no digest says what the model
+    is, and the next step stops. shown_for: the trained task whose evaluation this is part of, for events.
+    Raises StoppedRun on all workers.
     """
     spec = worker.plan.evaluation
     every = read_rows(worker.storage, task.eval_dataset)
@@ -61,6 +62,8 @@ def score_task(
     mine = _share(rows)
 
     def on_batch(done: int) -> None:
+        if stored:
+            worker.stop_sign.leave()
         if shown_for is not None:
             worker.emit(
                 "task.evaluating",
@@ -76,7 +79,8 @@ def score_task(
     if stored:
         data, metric = task.eval_dataset, spec.metric
         kept = _stored(worker, data.id, data.sha256, metric, decoding, with_adapter)
-    with _naming(task.name, spec.metric):
+    together = worker.leaving_together() if stored else nullcontext()
+    with together, _naming(task.name, spec.metric):
         found = evaluate(
             worker.loaded.model,
             worker.loaded.tokenizer,
@@ -94,19 +98,21 @@ def score_task(
 
 
 def score_general(worker: Worker, *, with_adapter: bool = True) -> Scored:
-    """Measure the perplexity of every row of the general set."""
+    """Measure the perplexity of every row of the general set. Raises StoppedRun on all workers."""
     name, sha256, rows = _general_set(worker)
     max_length = worker.plan.training.max_length
     decoding = {"max_length": max_length, "general": True}
-    found = evaluate_general(
-        worker.loaded.model,
-        worker.loaded.tokenizer,
-        _share(rows),
-        max_length=max_length,
-        batch_size=worker.plan.evaluation.batch_size,
-        with_adapter=with_adapter,
-        stored=_stored(worker, name, sha256, "perplexity", decoding, with_adapter),
-    )
+    with worker.leaving_together():
+        found = evaluate_general(
+            worker.loaded.model,
+            worker.loaded.tokenizer,
+            _share(rows),
+            max_length=max_length,
+            batch_size=worker.plan.evaluation.batch_size,
+            with_adapter=with_adapter,
+            stored=_stored(worker, name, sha256, "perplexity", decoding, with_adapter),
+            on_batch=lambda _: worker.stop_sign.leave(),
+        )
     return _on_rank0(found.rows)
 
 

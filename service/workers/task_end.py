@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.distributed as dist
 
 from clcore.engine import parallel
 from clcore.engine.tasks import DataFormat, row_format
@@ -27,6 +26,7 @@ from service.specs import PlannedTask
 from service.workers.model import save_adapter
 from service.workers.rows import read_rows
 from service.workers.scoring import Scored, curve_point, general_scores, score_general, score_task
+from service.workers.stops import Stop, StoppedRun
 
 if TYPE_CHECKING:
     from service.workers.train_loop import Worker
@@ -46,7 +46,7 @@ class BeforeTask:
 
 
 def measure_before(worker: Worker, task: PlannedTask) -> BeforeTask:
-    """Measure on all workers what cannot be known after training. Raises CancelledRun."""
+    """Measure on all workers what cannot be known after training. Raises StoppedRun."""
     start = time.perf_counter()
     found, plan = BeforeTask(), worker.plan
     is_first = task.index == plan.tasks[0].index
@@ -54,7 +54,7 @@ def measure_before(worker: Worker, task: PlannedTask) -> BeforeTask:
     if is_first and not is_untrained:
         found.before[task.name] = score_task(worker, task)
     if plan.evaluation.general is not None and not is_untrained:
-        worker.stop_if_cancelled()
+        worker.stop_if_asked()
         found.general = score_general(worker)
     if plan.evaluation.curve_points:
         found.curve = [curve_point(worker, task, 0, stored=True)]
@@ -74,65 +74,65 @@ def finish_task(
     """Score every task of the job and store the version.
 
     curve: the points inside the task's training. Returns the version's folder on every worker, once it is
-    complete. Raises CancelledRun when the run is cancelled between two evaluations.
+    complete. Raises StoppedRun when the run is to stop during the evaluations or, for a newer attempt, before
+    the version is complete.
     """
     start = time.perf_counter()
     plan = worker.plan
     after: dict[str, Scored] = {}
     base: dict[str, Scored] = {}
     for other in (*plan.earlier_tasks, *plan.tasks):
-        worker.stop_if_cancelled()
+        worker.stop_if_asked()
         after[other.name] = score_task(worker, other, shown_for=task)
         if task.index == plan.tasks[0].index and other in plan.tasks:
             base[other.name] = score_task(worker, other, with_adapter=False)
     general_base: Scored = ()
     general_after: Scored = ()
     if plan.evaluation.general is not None:
-        worker.stop_if_cancelled()
+        worker.stop_if_asked()
         general_base, general_after = score_general(worker, with_adapter=False), score_general(worker)
     general_before = general_base if before.general is None else before.general
     if plan.evaluation.curve_points:
         curve = [*before.curve, *curve, curve_point(worker, task, task.steps, stored=True)]
     seconds = before.seconds + time.perf_counter() - start
     key = task_key(plan.run_id, worker.attempt, task.index)
-    if parallel.rank() == 0:
-        general = general_scores(worker, general_base, general_before, general_after)
-        measured: dict[str, Any] = {
-            "scores": _scores(worker, after),
-            "base_scores": _scores(worker, base),
-            "before_scores": _scores(worker, before.before),
-            "general": general,
-        }
-        worker.emit(
-            "task.evaluated",
-            task=task.name,
-            task_index=task.index,
-            seconds=seconds,
-            **{**measured, "general": general.model_dump() if general else None},
-        )
-        predictions = {
-            **after,
-            **{f"base/{name}": rows for name, rows in base.items()},
-            **{f"before/{name}": rows for name, rows in before.before.items()},
-        }
-        if general:
-            predictions["general/base"] = general_base
-            predictions["general/before"] = general_before
-            predictions["general/after"] = general_after
-        _store(
-            worker,
-            task,
-            key,
-            predictions,
-            parent_dir=parent_dir,
-            memory_version=version,
-            num_eval_rows={name: len(rows) for name, rows in after.items()},
-            curve=list(curve),
-            training={**summary, "evaluate_s": seconds},
-            **measured,
-        )
-    if parallel.world_size() > 1:
-        dist.barrier()
+    with worker.leaving_together():
+        if parallel.rank() == 0:
+            general = general_scores(worker, general_base, general_before, general_after)
+            measured: dict[str, Any] = {
+                "scores": _scores(worker, after),
+                "base_scores": _scores(worker, base),
+                "before_scores": _scores(worker, before.before),
+                "general": general,
+            }
+            worker.emit(
+                "task.evaluated",
+                task=task.name,
+                task_index=task.index,
+                seconds=seconds,
+                **{**measured, "general": general.model_dump() if general else None},
+            )
+            predictions = {
+                **after,
+                **{f"base/{name}": rows for name, rows in base.items()},
+                **{f"before/{name}": rows for name, rows in before.before.items()},
+            }
+            if general:
+                predictions["general/base"] = general_base
+                predictions["general/before"] = general_before
+                predictions["general/after"] = general_after
+            _store(
+                worker,
+                task,
+                key,
+                predictions,
+                parent_dir=parent_dir,
+                memory_version=version,
+                num_eval_rows={name: len(rows) for name, rows in after.items()},
+                curve=list(curve),
+                training={**summary, "evaluate_s": seconds},
+                **measured,
+            )
     return key
 
 
@@ -152,7 +152,10 @@ def _store(
     memory_version: int,
     **fields: Any,
 ) -> None:
-    """Write adapter, memory snapshot and answers, then the manifest that makes them a version."""
+    """Write adapter, memory snapshot and answers, then the manifest that makes them a version.
+
+    Raises StoppedRun, without a manifest, when a newer attempt may work.
+    """
     plan, storage = worker.plan, worker.storage
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -189,6 +192,8 @@ def _store(
         created_at=datetime.now(UTC).isoformat(),
         **fields,
     )
+    if worker.stop_sign.look(now=True) == Stop.SUPERSEDED:
+        raise StoppedRun(Stop.SUPERSEDED)
     storage.write_bytes(f"{key}/{MANIFEST_NAME}", manifest.model_dump_json(indent=1).encode())
 
 

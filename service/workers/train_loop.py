@@ -8,14 +8,10 @@ outcome: raised, they would make Ray retry what cannot succeed.
 from __future__ import annotations
 
 import os
-import tempfile
-import time
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
 
-import ray.train
-import ray.train.torch
 import torch
 import torch.distributed as dist
 
@@ -24,55 +20,67 @@ from clcore.engine.adapters import assign_trained
 from clcore.engine.errors import ClError, DataError, StateError
 from clcore.engine.loop import FitResult, StepReport, TrainConfig, fit_task
 from clcore.engine.memory import MemorySession
-from clcore.engine.params import Params
 from clcore.engine.registry import build_strategy
-from clcore.engine.state import load_state, save_state
 from clcore.engine.strategy import Strategy, compose
 from service.adapters.manifest import CurvePoint
-from service.adapters.storage import Storage, desired_key, plan_key, worker_outcome_key
+from service.adapters.storage import Storage, plan_key, worker_outcome_key
 from service.adapters.store_calls import PATIENCE_S
 from service.memory.client import ActorMemory
 from service.specs import PlannedTask, RunPlan
+from service.workers.checkpoints import Checkpoints
 from service.workers.events import EventWriter
 from service.workers.model import LoadedModel, load_model
-from service.workers.progress import Progress, checkpoint_name, find_progress
+from service.workers.progress import Progress, find_progress
 from service.workers.rows import encode_rows, read_rows
 from service.workers.scoring import curve_point, curve_steps
+from service.workers.stops import Stop, StoppedRun, StopSign
 from service.workers.task_end import finish_task, measure_before
 from service.workers.tensorboard import Board
 
-READ_DESIRED_EVERY_S = 2.0
-
-
-class CancelledRun(Exception):
-    """The control plane asked this run to stop, and all workers agreed to."""
+T = TypeVar("T")
 
 
 def train_tasks(config: dict[str, Any]) -> None:
-    """Train, evaluate and store every pending task of a run. Runs on each worker of the group."""
+    """Train, evaluate and store every pending task of a run. Runs on each worker of the group.
+
+    A failure is written, then raised where other workers may wait for this one: Ray ends the group, and the
+    next one finds the outcome and returns.
+    """
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // parallel.world_size()))
     storage = Storage(config["storage_url"], patience_s=PATIENCE_S)
     run_id, attempt = config["run_id"], config["attempt"]
+    if storage.exists(worker_outcome_key(run_id, attempt)):
+        return
     plan = RunPlan.model_validate_json(storage.read_bytes(plan_key(run_id)))
     events = EventWriter(storage, run_id, attempt) if parallel.rank() == 0 else None
     board = Board(storage, plan, attempt) if events and plan.logging.tensorboard else None
+    failure: Exception | None = None
     try:
         memory = ActorMemory(config["memory"])
         Worker(storage, plan, attempt, memory, events, board).run(config["checkpoint"])
         outcome = {"state": "succeeded", "reason": None, "message": ""}
-    except CancelledRun as error:
-        outcome = {"state": "cancelled", "reason": None, "message": str(error)}
-    except ClError as error:
-        reason = "data_error" if isinstance(error, DataError) else "user_error"
-        reason = "internal" if isinstance(error, StateError) else reason
-        outcome = {"state": "failed", "reason": reason, "message": str(error)}
-    except torch.OutOfMemoryError as error:
-        outcome = {"state": "failed", "reason": "oom", "message": str(error)}
+    except StoppedRun as stopped:  # on all workers
+        outcome = {"state": stopped.stop.value, "reason": None, "message": str(stopped)}
+    except (ClError, torch.OutOfMemoryError) as error:
+        failure = error
+        outcome = {"state": "failed", "reason": _reason(error), "message": str(error)}
     if board:
         board.close()
     if events:
         events.emit("run.finished", state=outcome["state"])
+        events.flush()
+    if events or failure:
         storage.write_json(worker_outcome_key(run_id, attempt), outcome)
+    if failure and parallel.world_size() > 1:
+        raise failure
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, torch.OutOfMemoryError):
+        return "oom"
+    if isinstance(error, DataError):
+        return "data_error"
+    return "internal" if isinstance(error, StateError) else "user_error"
 
 
 class Worker:
@@ -89,16 +97,17 @@ class Worker:
     ) -> None:
         self.storage, self.plan, self.attempt = storage, plan, attempt
         self.memory, self.events, self.board = memory, events, board
+        self.stop_sign = StopSign(storage.without_patience(), plan.run_id, attempt)
+        self.checkpoints = Checkpoints(storage, plan, memory)
         self.loaded: LoadedModel
-        self._next_look = 0.0
-        self._is_cancelled = False
 
     def run(self, start_checkpoint: str | None) -> None:
-        """Walk the pending tasks. Raises CancelledRun, ClError."""
+        """Walk the pending tasks. Raises StoppedRun on all workers, ClError."""
+        self.stop_if_asked()
         progress: Progress = on_rank0(lambda: find_progress(self.storage, self.plan, self.attempt))
         self.emit("run.started", num_workers=parallel.world_size())
         self.loaded = load_model(self.storage, self.plan, progress.task_dir)
-        resume = self._read_checkpoint(start_checkpoint)
+        resume = self.checkpoints.read(start_checkpoint)
         version, parent_dir = progress.memory_version, progress.task_dir
         for task in self.plan.tasks[progress.num_done :]:
             here = resume if resume and resume["task_index"] == task.index else None
@@ -111,18 +120,23 @@ class Worker:
         if self.board:
             self.board.write(type_, data)
 
-    def is_cancelled(self) -> bool:
-        """Read on rank 0, now and then, whether the control plane wants the run to stop."""
-        if parallel.rank() == 0 and not self._is_cancelled and time.monotonic() >= self._next_look:
-            desired = self.storage.read_json(desired_key(self.plan.run_id))
-            self._is_cancelled = desired["state"] == "cancelled"
-            self._next_look = time.monotonic() + READ_DESIRED_EVERY_S
-        return self._is_cancelled
+    def stop_if_asked(self) -> None:
+        """Let all workers leave together. Raises StoppedRun on every worker."""
+        stop = on_rank0(self.stop_sign.look)
+        if stop is not None:
+            raise StoppedRun(stop)
 
-    def stop_if_cancelled(self) -> None:
-        """Let all workers leave together. Raises CancelledRun on every worker."""
-        if parallel.from_rank0(int(self.is_cancelled())):
-            raise CancelledRun("cancelled on request")
+    @contextmanager
+    def leaving_together(self) -> Iterator[None]:
+        """Around what workers do apart: a stop that one of them saw is raised on all, once all are out."""
+        seen: Stop | None = None
+        try:
+            yield
+        except StoppedRun as stopped:
+            seen = stopped.stop
+        for stop in from_all_ranks(seen):
+            if stop is not None:
+                raise StoppedRun(stop)
 
     # ----------------------------------------------------------------------------------------------- one task
 
@@ -130,7 +144,7 @@ class Worker:
         self, task: PlannedTask, version: int, parent_dir: str | None, resume: Mapping[str, Any] | None
     ) -> tuple[int, str]:
         """Train unless a checkpoint says it is done, evaluate, store; return the new version and folder."""
-        self.stop_if_cancelled()
+        self.stop_if_asked()
         self.emit("task.started", task=task.name, task_index=task.index, num_steps=task.steps)
         before = measure_before(self, task)
         curve = [CurvePoint.model_validate(point) for point in (resume or {}).get("curve", [])]
@@ -141,9 +155,11 @@ class Worker:
         else:
             result = self._train(task, version, resume["training"] if resume else None, curve)
             if result.is_stopped:
-                raise CancelledRun(f"cancelled on request during task {task.name!r}")
+                stop = on_rank0(lambda: self.stop_sign.seen)
+                assert stop is not None
+                raise StoppedRun(stop)
             summary, version = _summary(result), result.memory_version
-            self._report_trained(task, summary, version, curve)
+            self.checkpoints.report_trained(task, version, self.loaded.model, summary, curve)
         self.emit(
             "task.trained", task=task.name, task_index=task.index, seconds=summary["train_s"], **summary
         )
@@ -184,6 +200,10 @@ class Worker:
                 curve.append(curve_point(self, task, report.step))
                 self.emit("task.curve", task=task.name, task_index=task.index, **curve[-1].model_dump())
 
+        def on_checkpoint(state: dict[str, Any]) -> None:
+            if on_rank0(lambda: self.stop_sign.seen) in (None, Stop.PAUSED):
+                self.checkpoints.report_training(task, version, state, curve)
+
         return fit_task(
             loaded.model,
             self._strategy(),
@@ -193,71 +213,29 @@ class Worker:
             memory=session,
             resume=resume,
             on_step=on_step,
-            should_stop=self.is_cancelled,
-            on_checkpoint=lambda state: self._report_training(task, version, state, curve),
+            should_stop=lambda: self.stop_sign.look() is not None,
+            on_checkpoint=on_checkpoint,
         )
 
     def _strategy(self) -> Strategy:
         model = self.loaded.model
         return compose([build_strategy(spec.type, spec.params, model) for spec in self.plan.strategy])
 
-    # -------------------------------------------------------------------------------------------- checkpoints
 
-    def _report_training(
-        self, task: PlannedTask, version: int, training: dict[str, Any], curve: Sequence[CurvePoint]
-    ) -> None:
-        state = {
-            "task_index": task.index,
-            "phase": "training",
-            "memory_version": version,
-            "training": training,
-            "curve": [point.model_dump() for point in curve],
-        }
-        self._report(checkpoint_name(task.index, training["step"]), version, state)
-
-    def _report_trained(
-        self, task: PlannedTask, summary: dict[str, float], version: int, curve: Sequence[CurvePoint]
-    ) -> None:
-        state = {
-            "task_index": task.index,
-            "phase": "trained",
-            "memory_version": version,
-            "summary": summary,
-            "params": Params.of(self.loaded.model).copies(),
-            "curve": [point.model_dump() for point in curve],
-        }
-        self._report(checkpoint_name(task.index, task.steps), version, state)
-
-    def _report(self, name: str, version: int, state: dict[str, Any]) -> None:
-        """Hand a checkpoint to Ray Train on all workers: the state and its memory, together."""
-        if parallel.rank() != 0:
-            ray.train.report({}, checkpoint=None, checkpoint_dir_name=name)
-            return
-        with tempfile.TemporaryDirectory() as folder:
-            self.memory.snapshot(version, Path(folder))
-            save_state(Path(folder), "training", state, generation=self.plan.generation)
-            checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report({}, checkpoint=checkpoint, checkpoint_dir_name=name)
-
-    def _read_checkpoint(self, start_checkpoint: str | None) -> dict[str, Any] | None:
-        """Read this attempt's newest checkpoint, else the one that the attempt started from."""
-        own = ray.train.get_checkpoint()
-        if own is not None:
-            with own.as_directory() as folder:
-                return load_state(Path(folder), "training", generation=self.plan.generation)
-        if start_checkpoint is None:
-            return None
-        with tempfile.TemporaryDirectory() as folder:
-            self.storage.get_folder(start_checkpoint, folder)
-            return load_state(Path(folder), "training", generation=self.plan.generation)
-
-
-def on_rank0(read: Any) -> Any:
+def on_rank0(read: Callable[[], T]) -> T:
     """Call a function on rank 0 and return its result on every worker."""
     holder = [read() if parallel.rank() == 0 else None]
     if parallel.world_size() > 1:
         dist.broadcast_object_list(holder, src=0)
-    return holder[0]
+    return holder[0]  # type: ignore[return-value]
+
+
+def from_all_ranks(value: T) -> list[T]:
+    """Return every worker's value, in the order of ranks, on every worker."""
+    values = [value] * parallel.world_size()
+    if parallel.world_size() > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def _train_config(task: PlannedTask, loaded: LoadedModel) -> TrainConfig:

@@ -1,0 +1,87 @@
+"""Checkpoints of a run, inside a task and at its end: written through Ray Train, read from it or storage."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import ray.train
+from torch import nn
+
+from clcore.engine import parallel
+from clcore.engine.params import Params
+from clcore.engine.state import load_state, save_state
+from service.adapters.manifest import CurvePoint
+from service.adapters.storage import Storage
+from service.memory.client import ActorMemory
+from service.specs import PlannedTask, RunPlan
+from service.workers.progress import checkpoint_name
+
+
+class Checkpoints:
+    """Writes one attempt's checkpoints: training state and the memory that it needs, together."""
+
+    def __init__(self, storage: Storage, plan: RunPlan, memory: ActorMemory) -> None:
+        self._storage, self._plan, self._memory = storage, plan, memory
+        own = ray.train.get_checkpoint()
+        self._last_name = PurePosixPath(own.path).name if own else None
+
+    def read(self, start_checkpoint: str | None) -> dict[str, Any] | None:
+        """Read this attempt's newest checkpoint, else the one that the attempt started from."""
+        own = ray.train.get_checkpoint()
+        if own is not None:
+            with own.as_directory() as folder:
+                return load_state(Path(folder), "training", generation=self._plan.generation)
+        if start_checkpoint is None:
+            return None
+        with tempfile.TemporaryDirectory() as folder:
+            self._storage.get_folder(start_checkpoint, folder)
+            return load_state(Path(folder), "training", generation=self._plan.generation)
+
+    def report_training(
+        self, task: PlannedTask, version: int, training: dict[str, Any], curve: Sequence[CurvePoint]
+    ) -> None:
+        """Keep the state between two steps of a task. version: the memory that the task started from."""
+        state = {
+            "task_index": task.index,
+            "phase": "training",
+            "memory_version": version,
+            "training": training,
+            "curve": [point.model_dump() for point in curve],
+        }
+        self._report(checkpoint_name(task.index, training["step"]), version, state)
+
+    def report_trained(
+        self,
+        task: PlannedTask,
+        version: int,
+        model: nn.Module,
+        summary: dict[str, float],
+        curve: Sequence[CurvePoint],
+    ) -> None:
+        """Keep the trained adapter: what follows is evaluation only. version: the task's own memory."""
+        state = {
+            "task_index": task.index,
+            "phase": "trained",
+            "memory_version": version,
+            "summary": summary,
+            "params": Params.of(model).copies(),
+            "curve": [point.model_dump() for point in curve],
+        }
+        self._report(checkpoint_name(task.index, task.steps), version, state)
+
+    def _report(self, name: str, version: int, state: dict[str, Any]) -> None:
+        """Hand a checkpoint to Ray Train on all workers, once under one name."""
+        if name == self._last_name:  # a stop right after a checkpoint
+            return
+        self._last_name = name
+        if parallel.rank() != 0:
+            ray.train.report({}, checkpoint=None, checkpoint_dir_name=name)
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            self._memory.snapshot(version, Path(folder))
+            save_state(Path(folder), "training", state, generation=self._plan.generation)
+            checkpoint = ray.train.Checkpoint.from_directory(folder)
+            ray.train.report({}, checkpoint=checkpoint, checkpoint_dir_name=name)
