@@ -21,6 +21,7 @@ from rich.panel import Panel
 from rich.table import Column, Table
 
 from service.client import ApiError, Client
+from service.db import commands as db_commands
 from service.settings import Settings
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="Base models on this machine.", no_args_is_help=True)
 app.add_typer(model_app, name="model", rich_help_panel="Models")
+app.add_typer(db_commands.app, name="db", rich_help_panel="Service")
 
 SERVICE, JOBS, ADAPTERS = "Service", "Jobs", "Adapters"
 out = Console(highlight=False)

@@ -292,3 +292,18 @@ def test_a_demo_over_an_unusable_folder_fails_before_anything_starts(tmp_path: P
     assert done.returncode == 1
     assert textwrap.shorten(done.stderr, 300).startswith("error: no tasks in")
     assert not (tmp_path / "home" / "demo" / "run" / "embedded.json").exists()
+
+
+def test_db_shows_and_changes_the_schema_and_names_an_unknown_revision(tmp_path: Path) -> None:
+    def db(*arguments: str, stdin: str = "") -> str:
+        done = clpeft("db", *arguments, home=tmp_path, stdin=stdin)
+        return f"{done.returncode} {done.stdout}{done.stderr}"
+
+    assert "0 the database has revision base; this version needs" in db("current")
+    assert db("upgrade", "0001") == "0 the database has revision 0001\n"
+    newest = db("upgrade").split()[-1]
+    assert db("downgrade", "0001", stdin="n\n").startswith("1 ")
+    assert f"revision {newest}; this version needs {newest}" in db("current")
+    assert db("downgrade", "0001", "--yes") == "0 the database has revision 0001\n"
+    assert db("upgrade", "no-such").startswith("1 error: ")
+    assert "no-such" in db("upgrade", "no-such")

@@ -1,0 +1,63 @@
+"""`clpeft db`: the schema of the database that CLPEFT_DATABASE_URL names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from service.settings import Settings
+
+app = typer.Typer(help="The schema of the service's database.", no_args_is_help=True)
+out = Console(highlight=False)
+
+
+@app.command()
+def current() -> None:
+    """Show which revision the database has, and which this version needs."""
+    with _clear_errors() as (admin, url):
+        found = admin.current(url)
+        out.print(f"the database has revision {found.current}; this version needs {found.newest}")
+
+
+@app.command()
+def upgrade(
+    revision: Annotated[str, typer.Argument(help="Revision to go up to; head is the newest.")] = "head",
+) -> None:
+    """Go up to a revision. `clpeft up` and `clpeft api` do this by themselves when they start."""
+    with _clear_errors() as (admin, url):
+        out.print(f"the database has revision {admin.upgrade(url, revision).current}")
+
+
+@app.command()
+def downgrade(
+    revision: Annotated[str, typer.Argument(help="Revision to go down to; base empties the database.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+) -> None:
+    """Go down to a revision, for an older version of the service. What only later ones hold is lost."""
+    if not yes:
+        typer.confirm(f"Go down to {revision} and lose what only later revisions hold?", abort=True)
+    with _clear_errors() as (admin, url):
+        out.print(f"the database has revision {admin.downgrade(url, revision).current}")
+
+
+@contextmanager
+def _clear_errors() -> Iterator[tuple[ModuleType, str]]:
+    """Give the functions and the database's URL; what goes wrong is one text on stderr and exit code 1."""
+    from sqlalchemy.exc import OperationalError
+
+    from service.db import admin
+    from service.db.engines import DatabaseUrlError
+
+    try:
+        yield admin, Settings().database_url
+    except (admin.SchemaError, DatabaseUrlError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
+    except OperationalError as error:
+        typer.echo(f"error: the database does not answer: {error.orig}", err=True)
+        raise typer.Exit(1) from error
