@@ -6,12 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Body, Depends, Query
-from fastapi.responses import PlainTextResponse
+from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from pydantic import Field, ValidationError
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from service.api.deps import OwnerDep, ReadSession, ReconcilerDep, RunnerDep, SessionsDep, SettingsDep
+from service.adapters.logs import DRIVER, log_processes, log_text
+from service.api.deps import (
+    OwnerDep,
+    ReadSession,
+    ReconcilerDep,
+    RunnerDep,
+    SessionsDep,
+    SettingsDep,
+    StorageDep,
+)
 from service.api.problems import invalid_from
 from service.api.views import AttemptView, JobSummary, JobView, Page, RunView, job_view, task_view
 from service.basemodels import find_base_model
@@ -173,25 +182,42 @@ def list_attempts(run_id: str, session: ReadSession) -> Page[AttemptView]:
 
 
 @router.get("/jobs/{job_id}/logs", response_class=PlainTextResponse)
-def logs(job_id: str, sessions: SessionsDep, runner: RunnerDep) -> str:
-    """Return the log of the newest attempt's driver."""
+def logs(
+    job_id: str,
+    sessions: SessionsDep,
+    storage: StorageDep,
+    runner: RunnerDep,
+    run: str | None = None,
+    attempt: Annotated[int | None, Query(ge=1)] = None,
+    process: str = DRIVER,
+) -> Response:
+    """Return what a process printed: by default the newest attempt's driver.
+
+    X-Log-Processes names all processes of the attempt. It is read from storage, so it outlives the cluster; a
+    driver that has stored nothing yet is asked for at the cluster.
+    """
     with sessions.read() as session:
         repository.get_job(session, job_id)
-        attempts = [
-            row
-            for run in repository.runs_of(session, job_id)
-            for row in repository.attempts_of(session, run.id)
-        ]
+        runs = [row.id for row in repository.runs_of(session, job_id) if run in (None, row.id)]
+        every = [row for run_id in runs for row in repository.attempts_of(session, run_id)]
+    attempts = [row for row in every if attempt in (None, row.number)]
     if not attempts:
-        raise NotFound(f"job {job_id} has no log yet: no attempt has started", code="no_log")
-    newest = attempts[-1].submission_id
+        raise NotFound(f"job {job_id} has no such attempt, or none has started yet", code="no_log")
+    newest = attempts[-1]
+    known = log_processes(storage, newest.run_id, newest.number)
+    if process in known:
+        text = log_text(storage, newest.run_id, newest.number, process)
+        return StreamingResponse(text, media_type="text/plain", headers={"X-Log-Processes": ", ".join(known)})
+    if process != DRIVER:
+        shown = ", ".join(known) or "none yet"
+        raise NotFound(f"{newest.submission_id} has no log of {process!r}; it has: {shown}", code="no_log")
     try:
-        text = runner.logs(newest)
+        found = runner.logs(newest.submission_id)
     except RunnerUnreachable as error:
         raise Unavailable(str(error), code="ray_unavailable") from error
-    if text is None:
-        raise NotFound(f"the cluster has no log of {newest}", code="no_log")
-    return text
+    if found is None:
+        raise NotFound(f"the cluster has no log of {newest.submission_id}", code="no_log")
+    return PlainTextResponse(found)
 
 
 def _resolve(spec: JobSpec, settings: SettingsDep) -> tuple[JobSpec, str]:

@@ -30,6 +30,7 @@ from ray.train import (
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
+from service.adapters.logs import DRIVER, worker_process
 from service.adapters.storage import (
     Storage,
     StorageError,
@@ -58,7 +59,7 @@ def main() -> int:
     parser.add_argument("--attempt", required=True, type=int)
     arguments = parser.parse_args()
     storage = Storage(os.environ["CLPEFT_STORAGE_URL"], patience_s=PATIENCE_S)
-    with shipped_log(storage, arguments.run, arguments.attempt, "driver"):
+    with shipped_log(storage, arguments.run, arguments.attempt, DRIVER):
         run_attempt(storage, arguments.run, arguments.attempt)
     return 0
 
@@ -178,7 +179,7 @@ def train_loop(config: dict[str, Any]) -> None:
 
     storage = Storage(config["storage_url"], patience_s=PATIENCE_S)
     rank = ray.train.get_context().get_world_rank()
-    with shipped_log(storage, config["run_id"], config["attempt"], f"worker-{rank}-{os.getpid()}"):
+    with shipped_log(storage, config["run_id"], config["attempt"], worker_process(rank, os.getpid())):
         train_tasks(config)
 
 

@@ -101,17 +101,6 @@ class LogShipper:
         return min(SHIP_AT_LEAST_EVERY_S, max(SHIP_EVERY_S, (time.monotonic() - self._start) / 100))
 
 
-def log_processes(storage: Storage, run_id: str, attempt: int) -> list[str]:
-    """Return the processes of an attempt that shipped anything."""
-    return storage.names(logs_key(run_id, attempt))
-
-
-def log_text(storage: Storage, run_id: str, attempt: int, process: str) -> Iterator[bytes]:
-    """Yield what a process printed, segment by segment."""
-    for key in storage.find(f"{logs_key(run_id, attempt)}/{process}"):
-        yield storage.read_bytes(key)
-
-
 def _printed_files() -> tuple[str, ...]:
     """Return where this process prints to, files only: what goes to a pipe is someone's already."""
     found: dict[tuple[int, int], str] = {}
