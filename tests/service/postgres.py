@@ -162,9 +162,8 @@ class PostgresServer:
 
     def wipe(self, database: str) -> None:
         """Make a migrated database as it was when new, and cut who is still connected to it."""
-        names = [table.name for table in Table.metadata.sorted_tables if table.name != "leases"]
-        statements = [sql.SQL("DELETE FROM {}").format(sql.Identifier(name)) for name in names]
-        statements.append(sql.SQL("UPDATE leases SET holder = '', token = 0, expires_at = '2000-01-01Z'"))
+        names = [sql.Identifier(table.name) for table in Table.metadata.sorted_tables]
+        statements = [sql.SQL("DELETE FROM {}").format(name) for name in names]
         with self._connect(database) as connection:
             connection.execute(_CUT_OTHERS, {"name": database})
             connection.execute("SET session_replication_role = replica")  # no foreign keys, no triggers
