@@ -1,8 +1,8 @@
 """Which part is struck in which phase, and how cases share runs.
 
-A pair is listed where the part is alive and has a hand in the phase. Cases of one run strike one after another,
-each after the one before has recovered; each is judged for itself, and when the run's end is wrong, each of its
-cases is played again alone.
+A pair is listed where the part is alive and has a hand in the phase. Cases of one run strike one after
+another, each after the one before has recovered. When the run's end is wrong, each of its cases is played
+again alone, so that each has a verdict of its own.
 """
 
 from __future__ import annotations
@@ -30,10 +30,13 @@ PAIRS = {
     "checkpointing": ("worker", "driver", "memory", "s3", "head"),
     "evaluating": ("head", "driver", "worker", "raylet", "s3"),
     "committing": ("driver", "worker", "memory", "s3", "postgres"),
-    "publishing": ("reconciler", "api", "postgres", "s3", "driver"),
+    "publishing": ("driver", "reconciler", "api", "postgres", "s3"),
     "serving": ("replica", "api", "head", "postgres"),
 }
 PER_RUN = 5
+NUM_TASKS = 2
+ENDING = ("driver", "head")
+"""Parts whose end ends an attempt; a run has five attempts until it commits a task."""
 QUICK = (
     ("api/queued", "driver/scheduling", "worker/training", "reconciler/publishing"),
     ("reconciler/submitting", "memory/training", "worker/checkpointing", "postgres/committing"),
@@ -75,7 +78,11 @@ class Case:
     @property
     def id(self) -> str:
         """Name in results: part/phase, stop-part/phase or cut-part/phase."""
-        return f"{self.part}/{self.phase}" if self.action == "kill" else f"{self.action}-{self.part}/{self.phase}"
+        return (
+            f"{self.part}/{self.phase}"
+            if self.action == "kill"
+            else f"{self.action}-{self.part}/{self.phase}"
+        )
 
 
 def all_runs() -> list[tuple[Case, ...]]:
@@ -97,25 +104,29 @@ def quick_runs() -> list[tuple[Case, ...]]:
 def _next_run(left: dict[str, list[str]], number: int) -> tuple[Case, ...]:
     """Take at most PER_RUN cases, one per moment, in the order of the job."""
     run: list[Case] = []
-    for phase, task in _moments(number):
+    for phase, task in _moments(left, number):
         if not left[phase] or len(run) == PER_RUN:
             continue
-        if sum(case.part in ("driver", "head") for case in run) == 2 and left[phase][0] in ("driver", "head"):
-            continue  # attempts are counted between two commits
+        if sum(case.part in ENDING for case in run) == 2 and left[phase][0] in ENDING:
+            continue
         run.append(Case(left[phase].pop(0), phase, task))
     return tuple(run)
 
 
-def _moments(number: int) -> list[tuple[str, int]]:
+def _moments(left: dict[str, list[str]], number: int) -> list[tuple[str, int]]:
     """Return the moments of a run in the job's order.
 
-    A run that commits task 0 under fire publishes task 1 so, or the other way round: what is held in publishing
-    is what would show the recovery from committing.
+    A task is struck in committing or in publishing: what is held in publishing would show the recovery from
+    committing.
     """
-    early = [("queued", 0), ("submitting", 0), ("scheduling", 0)][number % 3 :]
-    late, other = ("committing", "publishing") if number % 2 else ("publishing", "committing")
-    middle = ("training", "checkpointing", "evaluating")
-    return [*early, *((phase, 0) for phase in (*middle, late)), *((phase, 1) for phase in (*middle, other))]
+    moments = [(phase, 0) for phase in ("queued", "submitting", "scheduling")[number % 3 :]]
+    ends = ["committing"] * len(left["committing"]) + ["publishing"] * len(left["publishing"])
+    for task in range(NUM_TASKS):
+        moments += [(phase, task) for phase in ("training", "checkpointing", "evaluating")]
+        if ends:  # the one of which more is left
+            moments.append((max(set(ends), key=ends.count), task))
+            ends.remove(moments[-1][0])
+    return moments
 
 
 def _place(name: str, number: int) -> Case:
@@ -127,6 +138,6 @@ def _place(name: str, number: int) -> Case:
 
 
 def _stop(part: str, place: int) -> Case:
-    """Stop a part while the job trains; the later ones of a run while it evaluates or trains its second task."""
+    """Stop a part while the job trains; later ones of a run while it evaluates or trains its second task."""
     phase, task = (("training", 0), ("evaluating", 0), ("training", 1))[place]
     return Case(part, phase, task, action="stop")

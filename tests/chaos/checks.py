@@ -47,7 +47,7 @@ def check_job(stand: Stand, watch: Watch, adapter: str, expected: dict[int, str]
 
 
 def check_events(stand: Stand, watch: Watch, *, num_tasks: int) -> list[str]:
-    """Say what is wrong with a job's events: as followed live, as listed, and as the workers numbered them."""
+    """Say what is wrong with a job's events: as followed, as listed, and as workers numbered them."""
     problems = []
     listed = list_events(stand, watch.job_id)
     ids = [event["id"] for event in listed]
@@ -102,7 +102,9 @@ def check_leaks(stand: Stand) -> list[str]:
 
 
 def _processes(stand: Stand) -> list[str]:
-    return [f"{part} process {p.pid}" for part in ("driver", "worker", "memory") for p in processes(stand, part)]
+    return [
+        f"{part} process {p.pid}" for part in ("driver", "worker", "memory") for p in processes(stand, part)
+    ]
 
 
 def _actors(stand: Stand) -> list[str]:
@@ -126,13 +128,17 @@ def _cpus(stand: Stand) -> list[str]:
         return ["CPUs: the cluster does not say how many are in use"]
     used, total = report["usage"].get("CPU", (0.0, 0.0))
     expected = 1.0 + len(stand.hosts.nodes)
-    return [] if (used, total) == (0.0, expected) else [f"CPUs: {used} of {total} in use, {expected} expected"]
+    return (
+        [] if (used, total) == (0.0, expected) else [f"CPUs: {used} of {total} in use, {expected} expected"]
+    )
 
 
 def _files(stand: Stand) -> list[str]:
     """Temporary files. Ray keeps its session's files elsewhere; its dashboard keeps a folder pymp-* here."""
     found = (path for folder in (stand.root / "tmp").iterdir() for path in folder.iterdir())
-    return sorted(f"file {path.relative_to(stand.root)}" for path in found if not path.name.startswith("pymp-"))
+    return sorted(
+        f"file {path.relative_to(stand.root)}" for path in found if not path.name.startswith("pymp-")
+    )
 
 
 def _uploads(stand: Stand) -> list[str]:

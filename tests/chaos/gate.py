@@ -1,8 +1,8 @@
 """A TCP proxy before the S3 server that can hold requests: how a case stops the clock inside a short phase.
 
-The product is not touched: it talks to its store, and the store is slow for one request. A rule names requests
-by patterns. The first request that matches is noted and, if the rule holds, waits until the rule is released.
-What the client gives up while it waits, because it was killed, never reaches the server.
+The product is not touched: it talks to its store, and the store is slow for one request. A rule names
+requests by patterns. The first that matches is noted and, if the rule holds, waits until the rule is
+released. What the client gives up while it waits, because it was killed, never reaches the server.
 """
 
 from __future__ import annotations

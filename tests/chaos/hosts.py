@@ -1,4 +1,4 @@
-"""On which hosts the stand's parts run: one machine's loopback addresses, or network namespaces (links.py)."""
+"""On which hosts the stand's parts run: loopback addresses, or network namespaces (links.py)."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ class Hosts:
 
 
 LOOPBACK = Hosts(
-    # Not 127.0.0.1, which Ray turns into the machine's outside address; and not the same twice, because a driver
-    # looks for the Ray node of its own address.
+    # Not 127.0.0.1, which Ray turns into the machine's outside address; and not the same twice, because a
+    # driver looks for the Ray node of its own address.
     head=Host("127.0.0.2"),
     nodes=(Host("127.0.0.3"),),
     control=Host("127.0.0.1"),

@@ -6,12 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tests.chaos.cases import NUM_TASKS
 from tests.chaos.checks import check_job, check_leaks, version_digests
 from tests.chaos.stand import Stand
 from tests.chaos.watch import Watch
 from tests.service.tiny import letter_rows
 
-NUM_TASKS = 2
 STEPS = 60
 CHECKPOINT_EVERY_STEPS = 20
 JOB_TIMEOUT_S = 300.0
@@ -19,7 +19,7 @@ PROMPT = letter_rows(1, 1)[0]["prompt"]
 
 
 class Jobs:
-    """Submits equal jobs; each has evaluation data of its own, because what was answered once is not asked again."""
+    """Submits equal jobs. Each has evaluation data of its own: what was answered once is not asked again."""
 
     def __init__(self, stand: Stand) -> None:
         self._stand = stand

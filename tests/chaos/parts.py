@@ -11,7 +11,11 @@ import psutil
 from tests.chaos.stand import Stand
 
 PARTS = ("api", "reconciler", "driver", "worker", "memory", "raylet", "head", "replica", "postgres", "s3")
-_TITLES = {"worker": "ray::RayTrainWorker", "memory": "ray::MemoryActor", "replica": "ray::ServeReplica:clpeft"}
+_TITLES = {
+    "worker": "ray::RayTrainWorker",
+    "memory": "ray::MemoryActor",
+    "replica": "ray::ServeReplica:clpeft",
+}
 
 
 def processes(stand: Stand, part: str) -> list[psutil.Process]:

@@ -1,7 +1,7 @@
 """The phases of a job, and how a case stops the clock in one of them.
 
-Storage marks most phases: the gate before S3 holds the one request that makes the phase, so that the case kills
-inside it and not just before or after. What a case holds, and until when the product waits for it:
+Storage marks most phases: the gate before S3 holds the one request that makes the phase, so that the case
+strikes inside it and not just before or after. What is held:
 
 queued         the reconciler is stopped before the job is submitted, so that nobody takes it
 submitting     PUT plan.json: the run is claimed, Ray has not been asked yet

@@ -31,7 +31,7 @@ NODE_SILENCE = {
     # how long a raylet waits for a head that is away before it ends itself
     "RAY_gcs_rpc_server_reconnect_timeout_s": "60",
 }
-"""A node that does not answer four checks in a row is dead, after 16 seconds at most; the default is a minute."""
+"""A node that does not answer four checks in a row is dead, 16 seconds at most; the default is a minute."""
 _START = (sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats")
 _COMMON = ("--log-color", "false", "--num-cpus", "1", "--object-store-memory", str(OBJECT_STORE_BYTES))
 # Both nodes would hand out the same ports to their workers; 0 lets the system choose.

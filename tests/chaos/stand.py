@@ -82,7 +82,7 @@ class Stand:
         """Return the names of the Ray programs: the head and the worker nodes."""
         return ["head", *(f"node{i}" for i in range(len(self.hosts.nodes)))]
 
-    # ------------------------------------------------------------------------------------------- start and end
+    # ----------------------------------------------------------------------------------------- start and end
 
     def start(self, say: Callable[[str], None]) -> None:
         """Start every part and wait until all answer. Raises TimeoutError."""
@@ -107,8 +107,7 @@ class Stand:
             self.supervisor.start(
                 node_program(self.cluster, index, self._variables(name), self._marker(name))
             )
-        self.wait_for(self.is_ready, "the API")
-        self.wait_for(lambda: self.num_nodes() == 1 + len(self.hosts.nodes), "the worker nodes")
+        self.wait_for(self.is_whole, "the API and the worker nodes")
         say("Ray Serve")
         wait_ready(self.settings, timeout_s=START_TIMEOUT_S)
 
@@ -132,9 +131,7 @@ class Stand:
         return self._command(name, command, self._variables(name) | settings_environment(self.settings))
 
     def _command(self, name: str, command: tuple[str, ...], variables: dict[str, str]) -> Program:
-        return command_program(
-            name, command, variables, self.root / f"{name}.log", marker=self._marker(name)
-        )
+        return command_program(name, command, variables, self.root / f"{name}.log", marker=self._marker(name))
 
     def _served(self, name: str, start: Callable[[], None], pid: Callable[[], int]) -> Program:
         def launch() -> int:
@@ -147,7 +144,7 @@ class Stand:
         return f"{self.id}-{name}"
 
     def _variables(self, name: str) -> dict[str, str]:
-        """The environment of a program: this process's without settings of other services, and the store's."""
+        """The environment of a program: this process's without other services' settings, and the store's."""
         kept = {k: v for k, v in os.environ.items() if not k.startswith(("RAY_", "CLPEFT_", "AWS_"))}
         return kept | {
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]),
@@ -171,6 +168,10 @@ class Stand:
             return self.client.health()["status"] == "ready"
         except ApiError:
             return False
+
+    def is_whole(self) -> bool:
+        """Is it ready, with all its Ray nodes?"""
+        return self.is_ready() and self.num_nodes() == 1 + len(self.hosts.nodes)
 
     def num_nodes(self) -> int:
         """Count the Ray nodes that live; 0 while the dashboard is away."""

@@ -93,12 +93,14 @@ class Supervisor:
         found = family([kept.root], kept.program.marker)
         return sorted(found, key=lambda process: process.pid != kept.root.pid)
 
-    def num_starts(self, name: str) -> int:
-        """Return how often the program was started."""
-        return self._kept[name].num_starts
+    def num_starts(self) -> dict[str, int]:
+        """Return how often each program was started."""
+        return {name: kept.num_starts for name, kept in self._kept.items()}
 
-    def remove(self, name: str) -> None:
+    def remove(self, name: str, *, missing_ok: bool = False) -> None:
         """End a program for good. Raises RuntimeError when a process of it cannot be ended."""
+        if missing_ok and name not in self._kept:
+            return
         kept = self._kept.pop(name)
         kept.is_wanted.clear()
         survivors = end_family([kept.root], kept.program.marker, grace_s=2.0)
