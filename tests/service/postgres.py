@@ -73,7 +73,7 @@ class PostgresServer:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the postmaster and of all that it started; the postmaster is first. None once it ended."""
+        """Process ids of the postmaster, which is first, and of all that it started; empty after its end."""
         try:
             return [self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))]
         except psutil.NoSuchProcess:  # it has ended
