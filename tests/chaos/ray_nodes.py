@@ -32,6 +32,8 @@ NODE_SILENCE = {
     "RAY_gcs_rpc_server_reconnect_timeout_s": "60",
 }
 """A node that does not answer four checks in a row is dead, 16 seconds at most; the default is a minute."""
+WORKER_NICENESS = "0"
+"""Ray starts its workers at 15, where whatever else the machine does comes first and recovery takes longer."""
 _START = (sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats")
 _COMMON = ("--log-color", "false", "--num-cpus", "1", "--object-store-memory", str(OBJECT_STORE_BYTES))
 # Both nodes would hand out the same ports to their workers; 0 lets the system choose.
@@ -106,7 +108,11 @@ def _program(
     given = tuple(part for option, port in ports.items() for part in (option, str(port)))
     command = (*host.prefix, *_START, *options, *_COMMON, *_WORKER_PORTS, *given)
     command += ("--node-ip-address", host.address)
-    silence = {"RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(WORKER_SILENCE_S), **NODE_SILENCE}
+    silence = {
+        "RAY_worker_niceness": WORKER_NICENESS,
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(WORKER_SILENCE_S),
+        **NODE_SILENCE,
+    }
     return command_program(
         name, command, {**variables, **silence}, cluster.folder / f"{name}.log", marker=marker
     )
