@@ -33,7 +33,7 @@ NODE_SILENCE = {
 }
 """A node that does not answer four checks in a row is dead, 16 seconds at most; the default is a minute."""
 WORKER_NICENESS = "0"
-"""Ray starts its workers at 15, where whatever else the machine does comes first and recovery takes longer."""
+"""Ray starts its workers at 15, where whatever else the machine does comes first."""
 _START = (sys.executable, "-m", "ray.scripts.scripts", "start", "--block", "--disable-usage-stats")
 _COMMON = ("--log-color", "false", "--num-cpus", "1", "--object-store-memory", str(OBJECT_STORE_BYTES))
 # Both nodes would hand out the same ports to their workers; 0 lets the system choose.

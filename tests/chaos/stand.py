@@ -117,6 +117,7 @@ class Stand:
         self.client.close()
         self.supervisor.close()
         self.gate.close()
+        self.s3.kill()  # it has ended: this removes its sockets
         if self.postgres is not None:
             self.postgres.close()
 
