@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+from tests.service.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server
 
 from service.adapters.storage import Storage
 from service.client import ApiError, Client
@@ -29,7 +30,6 @@ from tests.chaos.hosts import LOOPBACK, Hosts
 from tests.chaos.ray_nodes import Cluster, head_program, node_program, plan_cluster
 from tests.chaos.supervisor import Program, Supervisor, command_program
 from tests.service.postgres import PostgresServer
-from tests.service.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server
 from tests.service.tiny import save_tiny_model
 
 START_TIMEOUT_S = 420.0
