@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from tests.chaos.parts import processes
-from tests.chaos.stand import Stand
+from tests.chaos.stand import STORE, Stand
 from tests.chaos.watch import Watch
 
 LEAK_TIMEOUT_S = 45.0
@@ -21,10 +21,9 @@ KEPT_ACTORS = ("ServeController", "ServeReplica", "ProxyActor")
 
 def version_digests(stand: Stand, adapter: str) -> dict[int, str]:
     """Return the sha256 of the weights of each version of an adapter, as stored."""
-    storage = stand.storage
     found = {}
     for version in stand.client.adapter(adapter)["versions"]:
-        data = storage.read_bytes(f"{version['task_dir']}/adapter/adapter_model.safetensors")
+        data = stand.stored(f"{version['task_dir']}/adapter/adapter_model.safetensors")
         found[int(version["version"])] = hashlib.sha256(data).hexdigest()
     return found
 
@@ -143,11 +142,11 @@ def _files(stand: Stand) -> list[str]:
 
 def _uploads(stand: Stand) -> list[str]:
     """Objects that were begun and never finished, and temporary ones."""
-    storage = stand.storage
-    bucket, _, prefix = storage.root.partition("/")
-    answer = storage.fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
+    client = stand.s3.client()
+    bucket, _, prefix = STORE.partition("/")
+    answer = client.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix)
     begun = [f"multipart upload {entry['Key']}" for entry in answer.get("Uploads") or []]
-    return begun + [f"object {path}" for path in storage.fs.find(storage.root) if path.endswith(".tmp")]
+    return begun + [f"object {path}" for path in client.find(STORE) if path.endswith(".tmp")]
 
 
 def _oddities(numbers: list[int]) -> str:

@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from tests.service.s3_server import ACCESS_KEY, BUCKET, SECRET_KEY, S3Server
+from tests.service.s3_server import BUCKET, S3Server
 
-from service.adapters.storage import Storage
 from service.client import ApiError, Client
 from service.embedded import settings_environment
 from service.processes import free_ports
@@ -32,6 +31,8 @@ from tests.chaos.supervisor import Program, Supervisor, command_program
 from tests.service.postgres import PostgresServer
 from tests.service.tiny import save_tiny_model
 
+STORE = f"{BUCKET}/chaos"
+"""Where the product stores everything: bucket and prefix."""
 START_TIMEOUT_S = 420.0
 """A busy machine lets Ray start at its second or third try."""
 
@@ -53,7 +54,7 @@ class Stand:
             home=root,
             host=hosts.control.address,
             port=api_port,
-            storage_url=f"s3://{BUCKET}/chaos",
+            storage_url=f"s3://{STORE}",
             ray_dashboard_url=self.cluster.dashboard_url,
             ray_token_path=self.cluster.token_path,
             serve_url=f"http://{hosts.serve}:{serve_port}",
@@ -62,16 +63,9 @@ class Stand:
         self.api_url = f"http://{hosts.control.address}:{api_port}"
         self.client = Client(self.api_url, timeout_s=10.0)
 
-    @property
-    def storage(self) -> Storage:
-        """What is stored, read past the gate."""
-        return Storage(
-            self.settings.storage_url,
-            key=ACCESS_KEY,
-            secret=SECRET_KEY,
-            endpoint_url=self.s3.endpoint,
-            use_listings_cache=False,
-        )
+    def stored(self, key: str) -> bytes:
+        """Read an object, past the gate and past what the product reads with."""
+        return bytes(self.s3.client().cat_file(f"{STORE}/{key}"))
 
     def temp_dir(self, name: str) -> Path:
         """Folder for the temporary files of one program."""
@@ -90,7 +84,6 @@ class Stand:
         say("S3 and PostgreSQL")
         self.supervisor.start(self._served("s3", self.s3.start, lambda: _pid(self.s3)))
         self.gate.start()
-        self.storage.write_bytes("begun", b"")
         if self.postgres is not None:
             self.supervisor.start(
                 self._served("postgres", self.postgres.start, lambda: _postgres_pid(self.postgres))
