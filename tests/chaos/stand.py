@@ -95,13 +95,13 @@ class Stand:
         say("the API and the reconciler")
         self.supervisor.start(self.api_program())
         self.supervisor.start(self.reconciler_program("reconciler"))
-        self.wait_for(self._ray_answers, "Ray")
+        self.wait_for(self._ray_answers, "Ray", look_every_s=1.0)
         for index in range(len(self.hosts.nodes)):
             name = f"node{index}"
             self.supervisor.start(
                 node_program(self.cluster, index, self._variables(name), self._marker(name))
             )
-        self.wait_for(self.is_whole, "the API and the worker nodes")
+        self.wait_for(self.is_whole, "the API and the worker nodes", look_every_s=1.0)
         say("Ray Serve")
         wait_ready(self.settings, timeout_s=START_TIMEOUT_S)
 
@@ -122,7 +122,8 @@ class Stand:
 
     def reconciler_program(self, name: str) -> Program:
         """A reconciler; a second one of another name stands by."""
-        command = (*self.hosts.control.prefix, sys.executable, "-m", "service.cli", "reconciler")
+        run = "from service.cli import main; main()"  # what the command clpeft runs
+        command = (*self.hosts.control.prefix, sys.executable, "-c", run, "reconciler")
         return self._command(name, command, self._variables(name) | settings_environment(self.settings))
 
     def _command(self, name: str, command: tuple[str, ...], variables: dict[str, str]) -> Program:
@@ -193,13 +194,20 @@ class Stand:
     def _ray_answers(self) -> bool:
         return self.dashboard("/api/version") is not None and self.num_nodes() > 0
 
-    def wait_for(self, is_true: Callable[[], Any], what: str, timeout_s: float = START_TIMEOUT_S) -> Any:
+    def wait_for(
+        self,
+        is_true: Callable[[], Any],
+        what: str,
+        timeout_s: float = START_TIMEOUT_S,
+        *,
+        look_every_s: float = 0.1,
+    ) -> Any:
         """Wait for a condition and return what it gave. Raises TimeoutError."""
         deadline = time.monotonic() + timeout_s
         while not (found := is_true()):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"waited {timeout_s:.0f} s for {what}")
-            time.sleep(0.1)
+            time.sleep(look_every_s)
         return found
 
 
