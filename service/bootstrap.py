@@ -14,12 +14,8 @@ from service.api.app import create_app
 from service.db.session import open_database
 from service.jobs.runner import RayJobRunner
 from service.reconciler import Reconciler
-from service.serving.deploy import deploy
-from service.serving.engine import ServingError
+from service.serving.deploy import keep_deployed
 from service.settings import Settings
-
-DEPLOY_AGAIN_AFTER_S = 1.0
-logger = logging.getLogger(__name__)
 
 
 def build_app(settings: Settings) -> FastAPI:
@@ -48,11 +44,13 @@ def run_reconciler(settings: Settings) -> None:
 
 
 def serve_api(settings: Settings) -> None:
-    """Serve until SIGTERM or Ctrl-C, and have the Serve application deployed once Ray answers."""
+    """Serve until SIGTERM or Ctrl-C, and keep the Serve application deployed."""
     _set_up_logging()
     app = build_app(settings)
     stopping = threading.Event()
-    thread = threading.Thread(target=_deploy, args=(settings, stopping), name="deploy-serve", daemon=True)
+    thread = threading.Thread(
+        target=keep_deployed, args=(settings, stopping), name="deploy-serve", daemon=True
+    )
     thread.start()
     try:
         uvicorn.run(
@@ -71,22 +69,6 @@ def serve_api(settings: Settings) -> None:
 def _set_up_logging() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("httpx").setLevel(logging.WARNING)
-
-
-def _deploy(settings: Settings, stopping: threading.Event) -> None:
-    """Deploy the Serve application; a cluster that is not there yet is asked again and again."""
-    said = ""
-    while not stopping.is_set():
-        try:
-            deploy(settings)
-        except ServingError as error:
-            if str(error) != said:
-                said = str(error)
-                logger.warning("Ray Serve is not deployed yet: %s", said)
-            stopping.wait(DEPLOY_AGAIN_AFTER_S)
-        else:
-            logger.info("Ray Serve has its application at %s", settings.serve_url)
-            return
 
 
 if __name__ == "__main__":

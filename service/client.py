@@ -22,6 +22,8 @@ from urllib.parse import quote
 import httpx
 
 FINAL_STATES = frozenset({"succeeded", "failed", "cancelled"})
+AWAY = frozenset({0, 502, 503, 504})
+"""HTTP statuses of a service that will be back: it or its database is away; 0 means no answer."""
 FINAL_EVENTS = frozenset(f"job.{state}" for state in FINAL_STATES)
 Json = dict[str, Any]
 
@@ -148,7 +150,9 @@ class Client:
                 # the server ends the stream when the job has ended, and also when it is stopped itself
                 if is_final or (last == seen and self.job(job_id)["state"] in FINAL_STATES):
                     return
-            except httpx.TransportError as error:
+            except (httpx.TransportError, ApiError) as error:
+                if isinstance(error, ApiError) and error.status not in AWAY:
+                    raise
                 if time.monotonic() > deadline:
                     raise ApiError(f"lost the connection to {self.url}: {error}") from error
             time.sleep(0.5)

@@ -5,6 +5,8 @@ The control plane never joins the Ray cluster: it sends one declarative document
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from typing import Any
 from urllib.parse import urlsplit
@@ -17,6 +19,7 @@ from service.settings import Settings
 APPLICATION = "clpeft"
 _ROUTE = "/api/serve/applications/"
 _LOG_LEVEL = "WARNING"
+logger = logging.getLogger(__name__)
 
 
 def serve_config(settings: Settings) -> dict[str, Any]:
@@ -66,6 +69,26 @@ def deploy(settings: Settings) -> None:
     away.
     """
     _call(settings, "PUT", serve_config(settings))
+
+
+def keep_deployed(settings: Settings, stopping: threading.Event, *, look_every_s: float = 5.0) -> None:
+    """Deploy the application, and again whenever the cluster has forgotten it, until stopping is set.
+
+    A cluster whose head was restarted knows nothing of it. Refusals and a dashboard that is away are logged,
+    each once in a row, and asked again.
+    """
+    is_known, said = False, ""
+    while not stopping.is_set():
+        try:
+            if not is_known or application_state(settings) == "NOT_DEPLOYED":
+                deploy(settings)
+                logger.info("Ray Serve has its application at %s", settings.serve_url)
+            is_known, said = True, ""
+        except ServingError as error:
+            if str(error) != said:
+                said = str(error)
+                logger.warning("Ray Serve: %s", said)
+        stopping.wait(look_every_s if is_known else min(1.0, look_every_s))
 
 
 def wait_ready(settings: Settings, timeout_s: float = 120.0) -> float:

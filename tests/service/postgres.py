@@ -73,8 +73,11 @@ class PostgresServer:
 
     @property
     def pids(self) -> list[int]:
-        """Process ids of the postmaster and of all that it started; the postmaster is first."""
-        return [self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))]
+        """Process ids of the postmaster, which is first, and of all that it started; empty after its end."""
+        try:
+            return [self.pid, *(child.pid for child in psutil.Process(self.pid).children(recursive=True))]
+        except psutil.NoSuchProcess:  # it has ended
+            return []
 
     def url(self, database: str = "postgres") -> str:
         """SQLAlchemy URL of a database, as a user would write it: without a driver."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from fastapi import FastAPI, Header
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, Response, StreamingResponse
 
 from service.client import ApiError, Client
 from tests.service.control import Service, serve
@@ -44,6 +44,26 @@ def test_a_broken_event_stream_is_taken_up_after_the_last_event() -> None:
     ]
     assert found[1].data == {"n": 2}
     assert seen == ["0", "1"]
+
+
+def test_events_are_followed_through_a_time_without_a_database() -> None:
+    app, seen = FastAPI(), []
+
+    @app.get("/v1/jobs/job_1/events")
+    async def events(last_event_id: str = Header()) -> Response:
+        seen.append(last_event_id)
+        if len(seen) == 2:
+            return JSONResponse({"detail": "the database does not answer"}, 503, {"Retry-After": "1"})
+        body = sse(1, "job.created") if len(seen) == 1 else sse(2, "job.succeeded")
+        return Response(body, media_type="text/event-stream")
+
+    @app.get("/v1/jobs/job_1")
+    async def job() -> JSONResponse:
+        return JSONResponse({"detail": "the database does not answer"}, 503)
+
+    with serve(app) as url, Client(url) as client:
+        assert [event.id for event in client.events("job_1")] == [1, 2]
+    assert seen == ["0", "1", "1"]
 
 
 def test_following_a_finished_job_from_its_end_returns_at_once(service: Service) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fastapi import FastAPI
 from ray.serve.schema import ServeDeploySchema
 
 from service.serving.app import ServeArgs, build
-from service.serving.deploy import deploy, serve_config
+from service.serving.deploy import APPLICATION, deploy, keep_deployed, serve_config
 from service.serving.engine import ServingError
 from service.settings import Settings
+from tests.service.control import serve, wait_until
 
 
 def settings(home: Path, serve_url: str = "http://127.0.0.1:8123", **changes: int) -> Settings:
@@ -40,6 +44,32 @@ def test_a_serve_address_without_host_and_port_is_refused(tmp_path: Path, url: s
 )
 def test_the_proxy_leaves_this_machine_only_for_a_cluster(tmp_path: Path, url: str, host: str) -> None:
     assert serve_config(settings(tmp_path, url))["http_options"] == {"host": host, "port": 8000}
+
+
+def test_an_application_that_the_cluster_forgot_is_deployed_again(tmp_path: Path) -> None:
+    app, deployed, stopping = FastAPI(), [], threading.Event()
+    cluster: dict[str, Any] = {"applications": {}}
+
+    @app.get("/api/serve/applications/")
+    def state() -> dict[str, Any]:
+        return cluster
+
+    @app.put("/api/serve/applications/")
+    def put(document: dict[str, Any]) -> None:
+        deployed.append(document["applications"][0]["name"])
+        cluster["applications"] = {APPLICATION: {"status": "RUNNING"}}
+
+    with serve(app) as url:
+        given = settings(tmp_path).model_copy(update={"ray_dashboard_url": url})
+        thread = threading.Thread(target=keep_deployed, args=(given, stopping), kwargs={"look_every_s": 0.05})
+        thread.start()
+        try:
+            wait_until(lambda: deployed == [APPLICATION], "the first deployment")
+            cluster["applications"] = {}  # a restarted head knows no application
+            wait_until(lambda: deployed == [APPLICATION] * 2, "the second deployment")
+        finally:
+            stopping.set()
+            thread.join()
 
 
 def test_no_dashboard_address_is_a_clear_error(tmp_path: Path) -> None:

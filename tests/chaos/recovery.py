@@ -1,0 +1,147 @@
+"""When a struck part has recovered: the first sign, seen from outside, that the job or the part goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import httpx
+import psutil
+
+from service.client import FINAL_EVENTS
+from tests.chaos.cases import Case
+from tests.chaos.links import CONTROL_CUT_S, heal
+from tests.chaos.parts import processes
+from tests.chaos.stand import Stand
+from tests.chaos.watch import PROGRESS, Watch
+
+RECOVERY_TIMEOUT_S = 180.0
+
+
+@dataclass(frozen=True)
+class Strike:
+    """What was true when a case struck."""
+
+    at: float
+    """Monotonic seconds."""
+    time: datetime
+    num_seen: int
+    num_starts: dict[str, int]
+    victims: tuple[psutil.Process, ...]
+    host: str = ""
+    """Whose link is cut."""
+
+
+def recovery(stand: Stand, case: Case, watch: Watch, strike: Strike) -> float:
+    """Wait for the recovery and return its moment. Raises TimeoutError, RuntimeError."""
+    if case.part in ("api", "postgres"):
+        return _when(stand, lambda: _answers(stand, watch.job_id), f"an answer after {case.id}")
+    if case.part == "replica":
+        return _when(stand, lambda: processes(stand, "replica") != list(strike.victims), "a new replica")
+    if case.action == "stop":
+        return _progress(watch, strike, case)
+    if case.part in ("reconciler", "s3"):
+        started = _when(
+            stand,
+            lambda: stand.supervisor.num_starts()[case.part] > strike.num_starts[case.part],
+            f"the start of {case.part}",
+        )
+        place = watch.wait(lambda seen: seen.at > started, "an event", RECOVERY_TIMEOUT_S, strike.num_seen)
+        return watch.seen[place].at
+    if case.part == "memory":
+        return max(_progress(watch, strike, case), _memory_back(stand, watch, strike))
+    return _restarted(watch, strike, case)
+
+
+def _answers(stand: Stand, job_id: str) -> bool:
+    url = f"{stand.api_url}/v1/jobs/{job_id}"
+    try:
+        return httpx.get(url, timeout=5, trust_env=False).is_success
+    except httpx.TransportError:
+        return False
+
+
+def _when(stand: Stand, is_true: Callable[[], bool], what: str) -> float:
+    stand.wait_for(is_true, what, RECOVERY_TIMEOUT_S)
+    return time.monotonic()
+
+
+def _progress(watch: Watch, strike: Strike, case: Case) -> float:
+    """The first progress that happened after the strike."""
+    place = watch.wait(
+        lambda seen: seen.event.type in PROGRESS and _time(seen.event.time) > strike.time,
+        f"progress after {case.id}",
+        RECOVERY_TIMEOUT_S,
+        strike.num_seen,
+    )
+    return watch.seen[place].at
+
+
+def _restarted(watch: Watch, strike: Strike, case: Case) -> float:
+    """The first progress of workers that started after the strike, or the job's end."""
+    place = watch.wait(
+        lambda seen: (
+            seen.event.type in FINAL_EVENTS
+            or (seen.event.type == "run.started" and _time(seen.event.time) > strike.time)
+        ),
+        f"new workers after {case.id}",
+        RECOVERY_TIMEOUT_S,
+        strike.num_seen,
+    )
+    place = watch.wait(
+        lambda seen: seen.event.type in PROGRESS, f"progress after {case.id}", RECOVERY_TIMEOUT_S, place
+    )
+    return watch.seen[place].at
+
+
+def _memory_back(stand: Stand, watch: Watch, strike: Strike) -> float:
+    """A new memory actor runs, or the job has ended without asking it again."""
+
+    def is_back() -> bool:
+        has_ended = bool(watch.seen) and watch.seen[-1].event.type in FINAL_EVENTS
+        return has_ended or any(p not in strike.victims for p in processes(stand, "memory"))
+
+    return _when(stand, is_back, "a new memory actor")
+
+
+def _time(text: str) -> datetime:
+    return datetime.fromisoformat(text).astimezone(UTC)
+
+
+# -------------------------------------------------------------------------------------------------- cut links
+
+
+def cut_host(stand: Stand, part: str) -> str:
+    """Return the host whose link is cut: the control plane's, or the first worker node's that trains."""
+    if part == "control":
+        return part
+    workers = set(processes(stand, "worker"))
+    return next(name for name in stand.program_names()[1:] if workers & set(stand.supervisor.members(name)))
+
+
+def play_cut(stand: Stand, case: Case, watch: Watch, strike: Strike) -> float:
+    """Wait for the recovery from a cut link, heal it, and see that what was cut off comes back.
+
+    A worker node is replaced while its link is still cut. Without its link to Ray and S3 the control plane
+    knows nothing of the run: it answers, waits, and goes on with the same attempt once the link is there.
+    """
+    try:
+        if case.part == "node":
+            return _restarted(watch, strike, case)
+        while time.monotonic() < strike.at + CONTROL_CUT_S:
+            if not _answers(stand, watch.job_id):
+                raise RuntimeError("the API did not answer while its link to Ray was cut")
+            time.sleep(1.0)
+    finally:
+        heal(strike.host)
+    place = watch.wait(
+        lambda seen: seen.event.type in PROGRESS,
+        "an event after the cut",
+        RECOVERY_TIMEOUT_S,
+        strike.num_seen,
+    )
+    if any(seen.event.type == "attempt.started" for seen in watch.seen[strike.num_seen :]):
+        raise RuntimeError("another attempt was begun though nothing was known of the first")
+    return watch.seen[place].at
