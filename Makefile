@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := clcore service tests benchmarks
 
-.PHONY: demo up down install test check clean
+.PHONY: demo up down install test test-slow check clean
 
 demo: .venv/runtime
 	$(BIN)/clpeft demo
@@ -19,6 +19,11 @@ install: .venv/dev
 
 test: .venv/dev
 	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+
+# Minutes: parts of a running service are killed, ten times in three runs.
+test-slow: .venv/dev
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or chaos"
+	OMP_WAIT_POLICY=PASSIVE OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos --quick --json build/chaos-quick.json
 
 check: .venv/dev
 	$(BIN)/ruff format --check $(SOURCES)

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-from tests.service.s3_server import BUCKET, S3Server
 
 from service.client import ApiError, Client
 from service.embedded import settings_environment
@@ -29,6 +28,7 @@ from tests.chaos.hosts import LOOPBACK, Hosts
 from tests.chaos.ray_nodes import Cluster, head_program, node_program, plan_cluster
 from tests.chaos.supervisor import Program, Supervisor, command_program
 from tests.service.postgres import PostgresServer
+from tests.service.s3_server import BUCKET, S3Server
 from tests.service.tiny import save_tiny_model
 
 STORE = f"{BUCKET}/chaos"
