@@ -27,7 +27,7 @@ from service.memory.actor import MemoryActor
 from service.ray_head import RayHead
 from service.serving.engine import AdapterRef, Finished, GenerateRequest
 from service.settings import Settings
-from service.specs import ParentVersion, RunPlan
+from service.specs import EvaluationSpec, ParentVersion, RunPlan
 from tests.service.control import run_service, write_task
 from tests.service.failing_fs import register
 from tests.service.s3_server import BUCKET, S3Server
@@ -45,7 +45,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def put_run(storage: Storage, model: Path, run_id: str = "run_1", **changes: Any) -> RunPlan:
     """Write the run that every store gets: two tasks on one worker, with checkpoints inside a task."""
     given = {"num_tasks": 2, "steps": STEPS, "num_workers": 1, "checkpoint_every_steps": 2, **changes}
-    return put_plan(storage, model, run_id, **given)
+    return put_plan(storage, model, run_id, evaluation=EvaluationSpec(general=None), **given)
 
 
 def drive(
