@@ -114,6 +114,7 @@ def _train(storage: Storage, run_id: str, attempt: int) -> Outcome:
             "run_id": run_id,
             "attempt": attempt,
             "memory": memory,
+            "progress": progress,
             "checkpoint": checkpoint,
         },
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),
