@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from service.adapters.storage import Storage, events_key
+from service.adapters.storage import Storage, StorageError, events_key
 from service.jobs.events import read_worker_events
 from service.workers import events
 from service.workers.events import EventWriter
@@ -27,7 +27,7 @@ class FailingStorage(Storage):
         if self.fails != "before":
             super().write_bytes(key, data)
         if self.fails:
-            raise OSError("the store does not answer")
+            raise StorageError("the store does not answer")
 
 
 @pytest.mark.parametrize("fails", ["before", "after"])
@@ -43,7 +43,7 @@ def test_events_that_storage_does_not_take_are_written_later_in_order(
         writer.emit("step", number=number)
     segments = storage.names(events_key("run_e", 1))
     seen = [event.data["number"] for event in read_worker_events(storage, "run_e", 1, 0)]
-    with pytest.raises(OSError, match="does not answer"):
+    with pytest.raises(StorageError, match="does not answer"):
         writer.flush()
     storage.fails = None
     writer.emit("step", number=5)
