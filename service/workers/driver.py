@@ -34,7 +34,6 @@ from service.adapters.logs import DRIVER, worker_process
 from service.adapters.storage import (
     Storage,
     StorageError,
-    desired_key,
     outcome_key,
     plan_key,
     train_key,
@@ -46,6 +45,7 @@ from service.specs import RunPlan
 from service.workers.log_shipping import shipped_log
 from service.workers.progress import find_progress, newest_checkpoint
 from service.workers.ray_storage import ray_filesystem
+from service.workers.stops import read_stop
 
 MAX_WORKER_FAILURES = 3
 Outcome = Mapping[str, Any]
@@ -80,15 +80,12 @@ def run_attempt(storage: Storage, run_id: str, attempt: int) -> None:
 def _stop_wanted(storage: Storage, run_id: str, attempt: int) -> Outcome | None:
     """Return the outcome of an attempt that need not begin; None if it is to work."""
     try:
-        desired = storage.read_json(desired_key(run_id))
+        stop = read_stop(storage, run_id, attempt)
     except FileNotFoundError:
         return None
-    state = str(desired["state"])
-    if desired.get("attempt", attempt) > attempt:
-        state = "superseded"
-    if state == "running":
+    if stop is None:
         return None
-    return {"state": state, "reason": None, "message": f"{state} before it began"}
+    return {"state": stop.value, "reason": None, "message": f"{stop} before it began"}
 
 
 def _train(storage: Storage, run_id: str, attempt: int) -> Outcome:
@@ -114,6 +111,7 @@ def _train(storage: Storage, run_id: str, attempt: int) -> Outcome:
             "run_id": run_id,
             "attempt": attempt,
             "memory": memory,
+            "progress": progress,
             "checkpoint": checkpoint,
         },
         torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if use_gpu else "gloo"),

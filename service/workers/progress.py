@@ -37,15 +37,18 @@ class Progress:
         return f"{self.task_dir}/{STATE}" if self.task_dir else None
 
 
-def find_progress(storage: Storage, plan: RunPlan, attempt: int) -> Progress:
+def find_progress(storage: Storage, plan: RunPlan, attempt: int, since: Progress | None = None) -> Progress:
     """Look for complete manifests of the plan's tasks in this attempt and earlier ones.
 
     The newest attempt that completed a task wins; tasks count as done only without a gap before them.
+    since: what the attempt began with. Beyond it only its own manifests count: an earlier attempt that still
+    lives may complete a task, whose memory this attempt does not have.
     """
-    task_dir = plan.parent.task_dir if plan.parent else None
-    num_done = 0
-    for task in plan.tasks:
-        found = _newest_complete(storage, plan.run_id, attempt, task.index)
+    task_dir, num_done, oldest = plan.parent.task_dir if plan.parent else None, 0, 1
+    if since is not None:
+        task_dir, num_done, oldest = since.task_dir, since.num_done, attempt
+    for task in plan.tasks[num_done:]:
+        found = _newest_complete(storage, plan.run_id, range(attempt, oldest - 1, -1), task.index)
         if found is None:
             break
         task_dir, num_done = found, num_done + 1
@@ -53,8 +56,8 @@ def find_progress(storage: Storage, plan: RunPlan, attempt: int) -> Progress:
     return Progress(num_done, task_dir, version)
 
 
-def _newest_complete(storage: Storage, run_id: str, attempt: int, task_index: int) -> str | None:
-    for number in range(attempt, 0, -1):
+def _newest_complete(storage: Storage, run_id: str, attempts: range, task_index: int) -> str | None:
+    for number in attempts:
         key = task_key(run_id, number, task_index)
         if storage.exists(f"{key}/{MANIFEST_NAME}"):
             return key

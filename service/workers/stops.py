@@ -48,7 +48,8 @@ class StopSign:
     """One process's view of desired.json, read at most every READ_DESIRED_EVERY_S; a stop once seen stays."""
 
     def __init__(self, storage: Storage, run_id: str, attempt: int) -> None:
-        self._storage, self._run_id, self._attempt = storage, run_id, attempt
+        self._storage = storage.without_patience()  # training goes on while the store is away
+        self._run_id, self._attempt = run_id, attempt
         self._next_look = 0.0
         self.seen: Stop | None = None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
@@ -10,8 +11,10 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from service.adapters.storage import Storage, tensorboard_key
+from service.adapters.storage import Storage, StorageError, tensorboard_key
 from service.specs import RunPlan
+
+logger = logging.getLogger(__name__)
 
 UPLOAD_EVERY_S = 20.0
 STEP_FIGURES = ("loss", "learning_rate", "tokens_per_s")
@@ -52,15 +55,15 @@ class Board:
                 self._add(f"score/{name}", score, step)
             if data["general"]:
                 self._add("general/perplexity", 1 / data["general"]["after"], step)
-            self._upload()
+            self._try_upload()
         if time.monotonic() - self._last_upload > UPLOAD_EVERY_S:
-            self._upload()
+            self._try_upload()
 
     def close(self) -> None:
         """Upload the rest."""
         if self._writer:
             self._writer.close()
-            self._upload()
+            self._upload(self._storage)
         self._folder.cleanup()
 
     def _add(self, tag: str, value: float, step: int) -> None:
@@ -68,10 +71,17 @@ class Board:
             self._writer = SummaryWriter(self._folder.name, purge_step=step)
         self._writer.add_scalar(tag, value, step)
 
-    def _upload(self) -> None:
+    def _try_upload(self) -> None:
+        """Upload what there is; a store that is away gets it with the next upload."""
+        try:
+            self._upload(self._storage.without_patience())
+        except StorageError as error:
+            logger.warning("figures under %s wait for storage: %s", self._key, error)
+
+    def _upload(self, storage: Storage) -> None:
         self._last_upload = time.monotonic()
         if self._writer:
             self._writer.flush()
             for name in sorted(os.listdir(self._folder.name)):
                 with open(os.path.join(self._folder.name, name), "rb") as file:
-                    self._storage.write_bytes(f"{self._key}/{name}", file.read())
+                    storage.write_bytes(f"{self._key}/{name}", file.read())

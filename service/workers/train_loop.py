@@ -57,7 +57,8 @@ def train_tasks(config: dict[str, Any]) -> None:
     failure: Exception | None = None
     try:
         memory = ActorMemory(config["memory"])
-        Worker(storage, plan, attempt, memory, events, board).run(config["checkpoint"])
+        worker = Worker(storage, plan, attempt, memory, events, board)
+        worker.run(config["progress"], config["checkpoint"])
         outcome = {"state": "succeeded", "reason": None, "message": ""}
     except StoppedRun as stopped:  # on all workers
         outcome = {"state": stopped.stop.value, "reason": None, "message": str(stopped)}
@@ -101,10 +102,13 @@ class Worker:
         self.checkpoints = Checkpoints(storage, plan, memory)
         self.loaded: LoadedModel
 
-    def run(self, start_checkpoint: str | None) -> None:
-        """Walk the pending tasks. Raises StoppedRun on all workers, ClError."""
+    def run(self, since: Progress, start_checkpoint: str | None) -> None:
+        """Walk the tasks that are pending since the attempt began or a worker came back.
+
+        Raises StoppedRun on all workers, ClError.
+        """
         self.stop_if_asked()
-        progress: Progress = on_rank0(lambda: find_progress(self.storage, self.plan, self.attempt))
+        progress = on_rank0(lambda: find_progress(self.storage, self.plan, self.attempt, since))
         self.emit("run.started", num_workers=parallel.world_size())
         self.loaded = load_model(self.storage, self.plan, progress.task_dir)
         resume = self.checkpoints.read(start_checkpoint)

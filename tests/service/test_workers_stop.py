@@ -2,132 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
-import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
-from clcore.engine.memory import Row, State
-from clcore.engine.state import as_arrays
-from service.adapters.storage import (
-    Storage,
-    desired_key,
-    events_key,
-    task_key,
-    worker_outcome_key,
-)
+from service.adapters.storage import Storage, desired_key, outcome_key, task_key
 from service.jobs.events import read_worker_events
-from service.memory.actor import MemoryActor
+from service.processes import family
+from service.ray_head import RayHead
 from service.specs import EvaluationSpec, RunPlan, StrategySpec
-from service.workers import events, stops, train_loop
-from service.workers.events import EventWriter
-from service.workers.progress import find_progress, newest_checkpoint
 from service.workers.stops import Stop, StopSign, read_stop
+from tests.service.test_workers import start_driver, wait_for
 from tests.service.tiny import STRATEGY, put_plan, save_tiny_model
+from tests.service.workplace import Killed, Workplace
 
 OWNER = (StrategySpec(type="orthogonal_lora"), StrategySpec(type="experience_replay", replay_ratio=0.3))
 SETS = ("t0", "t1", "general/before", "general/after")
-
-
-class Killed(BaseException):
-    """What SIGKILL is to a process."""
-
-
-class LocalMemory:
-    """A MemoryStore over a memory actor in this process."""
-
-    def __init__(self, actor: MemoryActor) -> None:
-        self.actor = actor
-        self.read, self.rows = actor.read, actor.rows
-
-    def write(
-        self,
-        op_id: str,
-        base_version: int,
-        states: Mapping[str, State],
-        rows: Mapping[str, Mapping[str, Row]],
-    ) -> int:
-        arrays = {key: as_arrays(state) for key, state in states.items()}
-        return self.actor.write(
-            op_id, base_version, arrays, {key: list(of_key) for key, of_key in rows.items()}
-        )
-
-    def snapshot(self, version: int, folder: Path) -> str:
-        digest, files = self.actor.snapshot(version)
-        folder.mkdir(parents=True, exist_ok=True)
-        for name, data in files.items():
-            (folder / name).write_bytes(data)
-        return digest
-
-
-class Workplace:
-    """One worker without Ray: what Ray Train, the driver and the memory actor do, as plain calls."""
-
-    def __init__(self, storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.storage, self.looks, self.newest = storage, 0, None
-        self.answer: Callable[[int], Stop | None] = lambda look: None  # noqa: ARG005
-        self._folder = ""
-        monkeypatch.setattr(stops, "READ_DESIRED_EVERY_S", 0.0)
-        monkeypatch.setattr(stops, "read_stop", self._read_stop)
-        monkeypatch.setattr(train_loop, "ActorMemory", LocalMemory)
-        monkeypatch.setattr("ray.train.report", self._report)
-        monkeypatch.setattr("ray.train.get_checkpoint", lambda: self.newest)
-        monkeypatch.setattr("ray.train.torch.get_device", lambda: "cpu")
-
-    def start(self, plan: RunPlan, attempt: int) -> Callable[[], dict[str, Any]]:
-        """Do what the driver does; returns what the workers do, once and again after a crash."""
-        progress = find_progress(self.storage, plan, attempt)
-        checkpoint = newest_checkpoint(self.storage, plan, attempt, progress)
-        key = checkpoint or progress.memory_key
-        actor = MemoryActor(self.storage.url, plan.run_id, attempt, plan.generation, key)
-        config = {
-            "storage_url": self.storage.url,
-            "run_id": plan.run_id,
-            "attempt": attempt,
-            "memory": actor,
-            "checkpoint": checkpoint,
-        }
-        self.newest, self._folder = None, f"runs/{plan.run_id}/train/a{attempt}"
-
-        def work() -> dict[str, Any]:
-            self.looks = 0
-            train_loop.train_tasks(config)
-            outcome: dict[str, Any] = self.storage.read_json(worker_outcome_key(plan.run_id, attempt))
-            return outcome
-
-        return work
-
-    def stop_at(self, number: int, stop: Stop) -> None:
-        """Let the look of this number, from 1, see a stop."""
-        self.answer = lambda look: stop if look == number else None
-
-    def kill_at(self, number: int) -> None:
-        """Let the worker die at the look of this number."""
-
-        def die(look: int) -> None:
-            if look == number:
-                raise Killed
-
-        self.answer = die
-
-    def work_on(self) -> None:
-        """Let no look see a stop."""
-        self.answer = lambda look: None  # noqa: ARG005
-
-    def _read_stop(self, *_: object) -> Stop | None:
-        self.looks += 1
-        return self.answer(self.looks)
-
-    def _report(self, metrics: dict[str, Any], *, checkpoint: Any, checkpoint_dir_name: str) -> None:
-        assert metrics == {}
-        target = Path(self.storage.path(f"{self._folder}/{checkpoint_dir_name}"))
-        assert not target.exists(), "a checkpoint is reported once"
-        shutil.copytree(checkpoint.path, target)
-        self.newest = type(checkpoint).from_directory(str(target))
 
 
 @pytest.fixture(scope="module")
@@ -312,6 +208,22 @@ def test_an_attempt_superseded_while_it_stores_a_version_writes_no_manifest(
     assert "manifest.json" not in workplace.storage.names(folder)
 
 
+def test_a_version_that_an_older_attempt_completes_too_late_is_not_gone_on_from(
+    workplace: Workplace, model: Path
+) -> None:
+    storage = workplace.storage
+    expected, _ = straight_run(workplace, model, STRATEGY)
+    plan = small_plan(storage, model, "run_two", checkpoint_every_steps=2)
+    work = workplace.start(plan, 2)
+    workplace.kill_at(10)
+    with pytest.raises(Killed):
+        work()
+    storage.write_bytes(f"{task_key(plan.run_id, 1, 0)}/manifest.json", b"what a zombie wrote")
+    workplace.work_on()
+    assert work()["state"] == "succeeded"
+    assert results(storage, plan, 2) == expected
+
+
 # ------------------------------------------------------------------------------------------ desired.json
 
 
@@ -349,58 +261,44 @@ def test_what_cannot_be_read_in_desired_json_does_not_end_a_run(
     assert sign.look(now=True) is Stop.PAUSED  # a stop once seen stays
 
 
-# ------------------------------------------------------------------------------------------ events
+# ----------------------------------------------------------------------------------------- two workers on Ray
 
 
-class FailingStorage(Storage):
-    """Storage that writes but does not say so, or does not write, while it is told to fail."""
-
-    fails: str | None = None
-
-    def write_bytes(self, key: str, data: bytes) -> None:
-        if self.fails != "before":
-            super().write_bytes(key, data)
-        if self.fails:
-            raise OSError("the store does not answer")
+def train_workers(ray_head: RayHead) -> list[psutil.Process]:
+    """Return the training workers' processes of a head."""
+    found = []
+    for process in family([ray_head.root], ray_head.marker):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if process.cmdline()[0].startswith("ray::RayTrainWorker"):
+                found.append(process)
+    return found
 
 
-@pytest.mark.parametrize("fails", ["before", "after"])
-def test_events_that_storage_does_not_take_are_written_later_in_order(
-    fails: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_two_workers_that_are_paused_after_one_was_killed_go_on_bit_for_bit(
+    ray_head: RayHead, model: Path, storage: Storage
 ) -> None:
-    monkeypatch.setattr(events, "RETRY_EVERY_S", 0.0)
-    storage = FailingStorage(f"file://{tmp_path}")
-    writer = EventWriter(storage, "run_e", 1)
-    writer.emit("step", number=1)
-    storage.fails = fails
-    for number in (2, 3, 4):
-        writer.emit("step", number=number)
-    segments = storage.names(events_key("run_e", 1))
-    seen = [event.data["number"] for event in read_worker_events(storage, "run_e", 1, 0)]
-    with pytest.raises(OSError, match="does not answer"):
-        writer.flush()
-    storage.fails = None
-    writer.emit("step", number=5)
-    found = read_worker_events(storage, "run_e", 1, 0)
-    assert [(event.seq, event.data["number"]) for event in found] == [(n, n) for n in range(1, 6)]
-    # What a reader may have taken is not written over by something longer.
-    assert storage.names(events_key("run_e", 1))[: len(segments)] == segments
-    assert [event.data["number"] for event in found][: len(seen)] == seen
-    later = read_worker_events(storage, "run_e", 1, seen[-1])
-    assert [event.seq for event in later] == list(range(seen[-1] + 1, 6))
+    def plan_of(run_id: str) -> RunPlan:
+        return small_plan(
+            storage, model, run_id, steps=80, num_workers=2, checkpoint_every_steps=20, num_eval_rows=100
+        )
 
+    def types(plan: RunPlan) -> list[str]:
+        return [event.type for event in read_worker_events(storage, plan.run_id, 1, 0)]
 
-@pytest.mark.parametrize("kept_bytes", [0, 30, 150])
-def test_a_worker_that_finds_a_torn_segment_goes_on_without_a_gap(kept_bytes: int, storage: Storage) -> None:
-    writer = EventWriter(storage, "run_e", 1)
-    writer.emit("step", number=1)
-    writer.emit("step", flush=False, number=2)
-    writer.emit("step", number=3)
-    torn = f"{events_key('run_e', 1)}/000000000002.jsonl"
-    whole = storage.read_bytes(torn)
-    assert len(whole.splitlines()[0]) < 150 < len(whole)
-    storage.write_bytes(torn, whole[:kept_bytes])
-    EventWriter(storage, "run_e", 1).emit("run.started", number=9)
-    found = read_worker_events(storage, "run_e", 1, 0)
-    assert [event.seq for event in found] == list(range(1, len(found) + 1))
-    assert (found[0].data, found[-1].data) == ({"number": 1}, {"number": 9})
+    straight, plan = plan_of("run_straight"), plan_of("run_paused")
+    assert start_driver(ray_head, storage, straight.run_id, 1).wait(300) == 0
+    storage.delete("outputs")
+    driver = start_driver(ray_head, storage, plan.run_id, 1)
+    checkpoint = f"runs/{plan.run_id}/train/a1/task00000-step000000020/training.json"
+    wait_for(lambda: storage.exists(checkpoint), driver, 300)
+    train_workers(ray_head)[0].kill()
+    wait_for(lambda: types(plan).count("run.started") == 2, driver, 300)
+    storage.write_json(desired_key(plan.run_id), {"state": "paused", "attempt": 1})
+    assert driver.wait(300) == 0
+    assert storage.read_json(outcome_key(plan.run_id, 1))["state"] == "paused"
+    storage.write_json(desired_key(plan.run_id), {"state": "running", "attempt": 2})
+    assert start_driver(ray_head, storage, plan.run_id, 2).wait(300) == 0
+    assert storage.read_json(outcome_key(plan.run_id, 2))["state"] == "succeeded"
+    assert results(storage, plan, 2) == results(storage, straight, 1)
