@@ -16,7 +16,8 @@ from tests.chaos.watch import Watch
 
 LEAK_TIMEOUT_S = 45.0
 """Seconds that what a job held is given to go."""
-KEPT_ACTORS = ("ServeController", "ServeReplica", "ProxyActor")
+KEPT_ACTORS = ("ServeController", "ServeReplica", "ProxyActor", "_AutoscalingCoordinatorActor")
+"""Serve, and an actor that Ray Train starts once per cluster."""
 
 
 def version_digests(stand: Stand, adapter: str) -> dict[int, str]:
