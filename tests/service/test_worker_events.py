@@ -23,6 +23,9 @@ class FailingStorage(Storage):
 
     fails: str | None = None
 
+    def without_patience(self) -> FailingStorage:
+        return self
+
     def write_bytes(self, key: str, data: bytes) -> None:
         if self.fails != "before":
             super().write_bytes(key, data)
