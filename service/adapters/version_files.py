@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 
 from service.adapters.manifest import MANIFEST_NAME, Manifest, ManifestFile
@@ -31,14 +32,19 @@ def fetch_folder(storage: Storage, task_dir: str, folder: str, local: Path) -> N
             storage.get_file(f"{task_dir}/{name}", target)
         except FileNotFoundError as error:
             raise DamagedFile(f"{task_dir}/{name} is in its manifest but not in storage") from error
-        check_file(f"{task_dir}/{name}", target, expected)
+        with target.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        _check(f"{task_dir}/{name}", target.stat().st_size, found, expected)
 
 
-def check_file(key: str, local: Path, expected: ManifestFile) -> None:
-    """Compare a local copy with what its manifest says. Raises DamagedFile."""
-    with local.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
-    num_bytes = local.stat().st_size
+def read_file(storage: Storage, task_dir: str, files: Mapping[str, ManifestFile], name: str) -> bytes:
+    """Read one file of a version, checked. files: its manifest's. Raises DamagedFile, KeyError."""
+    data = storage.read_bytes(f"{task_dir}/{name}")
+    _check(f"{task_dir}/{name}", len(data), hashlib.sha256(data).hexdigest(), files[name])
+    return data
+
+
+def _check(key: str, num_bytes: int, found: str, expected: ManifestFile) -> None:
     if (num_bytes, found) != (expected.bytes, expected.sha256):
         raise DamagedFile(
             f"{key} is damaged: {num_bytes} bytes with sha256 {found}, "

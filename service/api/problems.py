@@ -163,7 +163,7 @@ def _database_error(request: Request, error: Exception) -> JSONResponse:
 
 def _storage_error(request: Request, error: Exception) -> JSONResponse:
     logger.error("%s %s: %s", request.method, request.url.path, error)
-    return _answer(request, 503, "storage_unavailable", f"{error}; try again")
+    return _answer(request, 503, "storage_unavailable", str(error))
 
 
 def _unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -11,6 +11,7 @@ from typing import Any
 
 from service.adapters.manifest import MANIFEST_NAME, PREDICTIONS, Manifest
 from service.adapters.storage import Storage, events_key, plan_key
+from service.adapters.version_files import read_file
 from service.job_report.matrix import general_interval, matrix_of
 from service.specs import RunPlan
 
@@ -145,12 +146,13 @@ def _lost_rows(
     if manifests[-1].evaluation.get("metric") == "perplexity":
         return {}
     for key, manifest in zip(task_dirs[:-1], manifests[:-1], strict=True):
-        then, now = (_right(storage, where, manifest.task_name) for where in (key, task_dirs[-1]))
+        name = f"{PREDICTIONS}/{manifest.task_name}.jsonl"
+        then = _right(storage, key, manifest, name)
+        now = _right(storage, task_dirs[-1], manifests[-1], name)
         lost[manifest.task_name] = sorted(row for row, right in then.items() if right and not now.get(row))
     return lost
 
 
-def _right(storage: Storage, task_dir: str, task: str) -> dict[int, bool]:
-    lines = storage.read_bytes(f"{task_dir}/{PREDICTIONS}/{task}.jsonl").splitlines()
-    rows = (json.loads(line) for line in lines)
+def _right(storage: Storage, task_dir: str, manifest: Manifest, name: str) -> dict[int, bool]:
+    rows = (json.loads(line) for line in read_file(storage, task_dir, manifest.files, name).splitlines())
     return {row["row"]: row["score"] >= 0.5 for row in rows}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,9 @@ from clcore.evaluation.bootstrap import (
     mean,
 )
 from clcore.evaluation.scalars import matrix_scalars
-from service.adapters.manifest import PREDICTIONS, Manifest
+from service.adapters.manifest import PREDICTIONS, Manifest, ManifestFile
 from service.adapters.storage import Storage
+from service.adapters.version_files import read_file
 
 
 def matrix_of(
@@ -56,7 +57,8 @@ def matrix_of(
             [[matrix[i][j] for j in columns] for i in columns], [base_scores[j] for j in columns]
         )
         versions = tuple(
-            (key, m.task_name, frozenset(m.files)) for key, m in zip(task_dirs, manifests, strict=True)
+            (key, m.task_name, frozenset(m.files.items()))
+            for key, m in zip(task_dirs, manifests, strict=True)
         )
         intervals = _intervals(storage, versions, manifests[-1].evaluation.get("metric") == "perplexity")
     return {
@@ -71,23 +73,26 @@ def matrix_of(
 
 @functools.lru_cache(maxsize=256)
 def _intervals(
-    storage: Storage, versions: tuple[tuple[str, str, frozenset[str]], ...], is_perplexity: bool
+    storage: Storage,
+    versions: tuple[tuple[str, str, frozenset[tuple[str, ManifestFile]]], ...],
+    is_perplexity: bool,
 ) -> dict[str, Interval | None]:
     """Resample the rows behind the matrix; empty when a version left no rows. Stored rows never change.
 
-    versions: task folder, task name and the files beside the manifest.
+    versions: task folder, task name and the files that the manifest lists.
     """
     rows: dict[tuple[int, int], Any] = {}
     base: dict[int, Any] = {}
-    for i, (key, _, files) in enumerate(versions):
+    for i, (key, _, entries) in enumerate(versions):
+        files = dict(entries)
         for j, (_, name, _) in enumerate(versions):
             after, before, bare = (f"{PREDICTIONS}/{kind}{name}.jsonl" for kind in ("", "before/", "base/"))
             if after in files:
-                rows[i, j] = _row_values(storage, f"{key}/{after}", is_perplexity)
+                rows[i, j] = _row_values(storage, key, files, after, is_perplexity)
             if before in files:
-                rows[i - 1, j] = _row_values(storage, f"{key}/{before}", is_perplexity)
+                rows[i - 1, j] = _row_values(storage, key, files, before, is_perplexity)
             if bare in files:
-                base[j] = _row_values(storage, f"{key}/{bare}", is_perplexity)
+                base[j] = _row_values(storage, key, files, bare, is_perplexity)
     if not rows:
         return {}
     return matrix_intervals(rows, base, statistic=inverse_perplexity if is_perplexity else mean)
@@ -101,7 +106,7 @@ def general_interval(storage: Storage, task_dir: str, manifest: Manifest) -> Int
     files = [f"{PREDICTIONS}/general/{when}.jsonl" for when in ("before", "after")]
     if not set(files) <= set(manifest.files):
         return None
-    before, after = (_row_values(storage, f"{task_dir}/{file}", True) for file in files)
+    before, after = (_row_values(storage, task_dir, manifest.files, file, True) for file in files)
     return interval(np.column_stack([after[:, 0] - before[:, 0], before[:, 1]]), _relative_drop)
 
 
@@ -111,8 +116,10 @@ def _relative_drop(samples: np.ndarray) -> np.ndarray:
     return drops
 
 
-def _row_values(storage: Storage, key: str, is_perplexity: bool) -> np.ndarray:
+def _row_values(
+    storage: Storage, task_dir: str, files: Mapping[str, ManifestFile], name: str, is_perplexity: bool
+) -> np.ndarray:
     """Return what each row puts into the score: its score (N,), or its nll and tokens (N, 2)."""
-    rows = [json.loads(line) for line in storage.read_bytes(key).splitlines()]
+    rows = [json.loads(line) for line in read_file(storage, task_dir, files, name).splitlines()]
     values = [(row["nll"], row["num_tokens"]) if is_perplexity else row["score"] for row in rows]
     return np.array(values, dtype=float)

@@ -259,3 +259,17 @@ def test_clpeft_report_writes_the_format_that_the_file_name_asks_for(
         refused = runner.invoke(app, ["report", job["id"], "-o", str(tmp_path / "r.pdf")])
         assert refused.exit_code == 1
     assert json.loads((tmp_path / "r.json").read_text())["job_id"] == job["id"]
+
+
+def test_answers_that_were_changed_are_refused(service: Service) -> None:
+    job = service.submit("one")
+    service.reconciler.tick()
+    folder = write_task(
+        service.storage, job["runs"][0]["id"], 1, 0, predictions={"one": [1.0, 0.0]}, scores={"one": 0.5}
+    )
+    service.reconciler.tick()
+    path = f"{folder}/predictions/one.jsonl"
+    service.storage.write_bytes(path, service.storage.read_bytes(path).replace(b"1.0", b"0.0"))
+    answer = service.client.get(f"/v1/jobs/{job['id']}/eval-matrix")
+    assert (answer.status_code, answer.json()["code"]) == (503, "storage_unavailable")
+    assert f"{path} is damaged" in answer.json()["detail"]
