@@ -129,15 +129,17 @@ class Reconciler:
         if not self._hold_lease():
             raise LeaseLost("another reconciler took over during a tick")
         try:
-            odd = advance(parts, run_id)
+            try:
+                odd = advance(parts, run_id)
+            except ServiceError as error:  # our own refusal, which does not change by itself
+                refuse(parts, run_id, str(error))
+                return
             if odd is not None:
                 self._warn(run_id, odd)
         except (LeaseLost, *DATABASE_AWAY):
             raise
         except (RunnerUnreachable, OSError) as error:
             self._warn(run_id, f"state unknown: {error}")
-        except ServiceError as error:  # our own refusal, which does not change by itself
-            refuse(parts, run_id, str(error))
         except Exception:
             logger.exception("run %s could not be looked at; the next tick tries again", run_id)
 

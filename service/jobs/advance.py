@@ -11,11 +11,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pydantic import ValidationError
+
 from service.adapters import registry
 from service.adapters.registry import ManifestError
 from service.adapters.storage import Storage, desired_key, outcome_key, plan_key
 from service.db.session import Sessions
 from service.db.tables import Attempt, Run, utc_now
+from service.errors import Invalid
 from service.jobs import repository
 from service.jobs.attempts import (
     end_attempt,
@@ -135,7 +138,10 @@ def _store_plan(parts: Parts, run_id: str) -> None:
         parent = None
         if newest is not None:
             parent = ParentVersion(version=newest.version, task_dir=newest.task_dir)
-        spec = JobSpec.model_validate(job.spec)
+        try:
+            spec = JobSpec.model_validate(job.spec)
+        except ValidationError as error:
+            raise Invalid(f"this release cannot read the job's specification: {error}") from error
         general = spec.evaluation.general
         own_set = None
         if general is not None and general != "default":

@@ -352,6 +352,40 @@ def test_a_commit_that_is_refused_fails_the_run_and_frees_its_place(
     assert service.runner.submitted[-1] == f"{run_of(waiting)}-a1"
 
 
+def test_a_job_that_this_release_cannot_read_fails_and_frees_its_place(service: Service) -> None:
+    job, waiting = service.submit(name="old"), service.submit(name="waiting")
+    with service.sessions.write() as session:
+        row = repository.lock_job(session, job["id"])
+        row.spec = {**row.spec, "a_field_of_another_release": 1}
+    service.reconciler.tick()
+    failed = service.job(job["id"])
+    assert (failed["state"], failed["reason"]) == ("failed", "internal")
+    assert "a_field_of_another_release" in failed["message"]
+    service.reconciler.tick()
+    assert service.runner.submitted == [f"{run_of(waiting)}-a1"]
+
+
+def test_a_refused_run_waits_for_the_jobs_api_and_does_not_stop_the_others(
+    service: Service, job: dict[str, Any]
+) -> None:
+    object.__setattr__(service.settings, "max_concurrent_runs", 2)
+    other = service.submit(name="other")
+    service.reconciler.tick()
+    with service.sessions.write() as session:
+        row = repository.lock_job(session, job["id"])
+        row.spec = {**row.spec, "promotion": {"alias": "v7"}}
+    write_task(service.storage, run_of(job), 1, 0)
+    write_task(service.storage, run_of(other), 1, 0)
+
+    service.runner.is_reachable = False
+    service.reconciler.tick()
+    assert service.job(job["id"])["state"] == "scheduling"
+    assert service.job(other["id"])["state"] == "succeeded"
+    service.runner.is_reachable = True
+    service.reconciler.tick()
+    assert service.job(job["id"])["state"] == "failed"
+
+
 def test_when_a_run_fails_the_runs_behind_it_are_cancelled_and_retry_takes_all(
     service: Service, job: dict[str, Any]
 ) -> None:
