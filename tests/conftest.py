@@ -15,5 +15,3 @@ settings.register_profile(
     "long", parent=settings.get_profile("quick"), derandomize=False, max_examples=1000, print_blob=True
 )
 settings.load_profile("quick")
-from hypothesis import Phase
-settings.register_profile("raw", parent=settings.get_profile("quick"), phases=[Phase.generate], derandomize=False,stateful_step_count=20, max_examples=int(os.environ.get("N", "60")))

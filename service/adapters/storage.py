@@ -4,7 +4,8 @@ datasets/<dataset>/rows.jsonl
 outputs/<dataset>/<key>/<segment>       what models answered to its rows; <key> hashes model and settings
 runs/<run>/plan.json                    the RunPlan, written by the control plane before the first attempt
 runs/<run>/desired.json                 {"state": "running" | "paused" | "cancelled", "attempt": n}: what the
-                                        control plane wants; n is the attempt that may work
+                                        control plane wants; n is the attempt that may work, and "parent"
+                                        the version (its folder) that it goes on from
 runs/<run>/a<n>/events/<seq>.jsonl      immutable segments; <seq> is the first sequence number, 12 digits
 runs/<run>/a<n>/logs/<process>/         what a process printed; <offset>.log, immutable segments
 runs/<run>/a<n>/tensorboard/            TensorBoard event files, where the job asks for them

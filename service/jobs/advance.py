@@ -43,6 +43,7 @@ from service.settings import Settings
 from service.specs import JobSpec, ParentVersion, PlannedTask
 
 RETRIED_REASONS = frozenset({Reason.WORKER_LOST, Reason.CLUSTER_LOST, Reason.STORAGE_ERROR})
+_DESIRED = {RunState.PAUSING: "paused", RunState.CANCELLING: "cancelled"}
 WORKER_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -65,11 +66,11 @@ def advance(parts: Parts, run_id: str) -> str | None:
         run = repository.get_run(session, run_id)
         attempts = repository.attempts_of(session, run_id)
     attempt = attempts[-1]
-    if run.state in STOPPING_RUN_STATES:
-        _write_desired(parts, run_id, "paused" if run.state == RunState.PAUSING else "cancelled", attempt)
-    elif run.state == RunState.SUBMITTING:
+    if run.state == RunState.SUBMITTING:
         _submit(parts, run_id, attempt)
         return None
+    # Again at each look: what a frozen reconciler writes after it was replaced must not stay.
+    _write_desired(parts, run_id, _DESIRED.get(RunState(run.state), "running"), attempt)
     outcome = _read_outcome(parts, run_id, attempt.number)
     # The rest of storage is read after the outcome: the driver writes the outcome last.
     ingest_events(parts.sessions, parts.storage, run_id, attempt.number)
@@ -161,8 +162,17 @@ def _store_plan(parts: Parts, run_id: str) -> None:
 
 def _write_desired(parts: Parts, run_id: str, state: str, attempt: Attempt) -> None:
     key, wanted = desired_key(run_id), {"state": state, "attempt": attempt.number}
-    if not parts.storage.exists(key) or parts.storage.read_json(key) != wanted:
-        parts.storage.write_json(key, wanted)
+    try:
+        found = parts.storage.read_json(key)
+    except FileNotFoundError:
+        found = {}
+    if {name: found.get(name) for name in wanted} == wanted:
+        return
+    with parts.sessions.read() as session:
+        newest = registry.latest_version(session, repository.get_run(session, run_id).job_id)
+    # An attempt goes on from the version that is the newest when it begins.
+    parent = None if newest is None else newest.task_dir
+    parts.storage.write_json(key, {**wanted, "parent": parent})
 
 
 # --------------------------------------------------------------------------------------------------- watching
@@ -185,13 +195,16 @@ def _note_state(parts: Parts, attempt: Attempt, state: RayJobState) -> None:
 
 
 def _ingest_manifests(parts: Parts, run_id: str, attempts: Sequence[int]) -> str | None:
-    """Commit what attempts finished; says what is wrong with a manifest that cannot be taken."""
+    """Commit what attempts finished, newest first; says what is wrong with a manifest of the first of them.
+
+    A manifest of an older one that cannot be taken is what it left after it should have stopped.
+    """
     broken = None
     for attempt in attempts:
         try:
             ingest_manifests(parts.sessions, parts.storage, run_id, attempt)
         except ManifestError as error:
-            broken = str(error)
+            broken = str(error) if attempt == attempts[0] else broken
     return broken
 
 

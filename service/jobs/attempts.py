@@ -106,7 +106,9 @@ def try_again(
     _reset_open_tasks(session, run)
     pause = back_off(run.attempts_without_commit)
     run.not_before = utc_now() + pause
-    waits = f"tries again in {pause.total_seconds():.0f} s" if pause else "tries again"
+    waits = (
+        f"waits {pause.total_seconds():.0f} s, then for a free place," if pause else "waits for a free place"
+    )
     repository.set_run_state(
         session, run, RunState.QUEUED, message=f"{waits} after attempt {number}: {message}"
     )

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import exists, func, select
+from sqlalchemy import ColumnElement, exists, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, aliased, defer
 
@@ -131,18 +131,22 @@ def owners_at_work(session: Session) -> Sequence[str]:
     return session.scalars(wanted).all()
 
 
-def runs_that_can_start(session: Session, now: datetime) -> list[WaitingRun]:
-    """Return the queued runs whose job has no earlier unfinished run and whose back-off is over."""
+def _is_first() -> ColumnElement[bool]:
+    """Has the run's job no earlier unfinished run?"""
     earlier = aliased(Run)
-    is_first = ~exists().where(
+    return ~exists().where(
         earlier.job_id == Run.job_id,
         earlier.number < Run.number,
         earlier.state.in_(UNFINISHED_RUN_STATES),
     )
+
+
+def runs_that_can_start(session: Session, now: datetime) -> list[WaitingRun]:
+    """Return the queued runs whose job has no earlier unfinished run and whose back-off is over."""
     wanted = (
         select(Run.id, Job.owner, Job.priority, Run.started_at, Run.created_at)
         .join(Job, Run.job_id == Job.id)
-        .where(Run.state == RunState.QUEUED, is_first)
+        .where(Run.state == RunState.QUEUED, _is_first())
         .where((Run.not_before.is_(None)) | (Run.not_before <= now))
     )
     return [
@@ -169,9 +173,14 @@ def last_started(session: Session) -> dict[str, datetime]:
 
 
 def late_runs(session: Session, now: datetime) -> Sequence[Run]:
-    """Return the runs past their deadline that nobody has asked to end."""
+    """Return the runs past their deadline that nobody has asked to end.
+
+    One that waits for an earlier run of its job is not judged before its turn: the job's tasks are trained in
+    their order, and while the earlier run is paused, time does not count for either.
+    """
     states = UNFINISHED_RUN_STATES - {RunState.CANCELLING, RunState.PAUSED}
-    return session.scalars(select(Run).where(Run.state.in_(states), Run.deadline_at < now)).all()
+    wanted = select(Run).where(Run.state.in_(states), Run.deadline_at < now, _is_first())
+    return session.scalars(wanted).all()
 
 
 # ---------------------------------------------------------------------------------------------------- changes
@@ -277,8 +286,9 @@ def resume_job(session: Session, job: Job) -> None:
     if job.state != RunState.PAUSED:
         raise Conflict(f"job {job.id} is {job.state}: only paused jobs are resumed", code="not_paused")
     run = next(run for run in runs_of(session, job.id) if run.state == RunState.PAUSED)
-    if run.deadline_at is not None and run.paused_at is not None:
-        run.deadline_at += utc_now() - run.paused_at  # time in a pause does not count
+    for late in runs_of(session, job.id):  # time in a pause does not count
+        if late.deadline_at is not None and run.paused_at is not None and late.state in WAITING_RUN_STATES:
+            late.deadline_at += utc_now() - max(run.paused_at, late.created_at)
     run.not_before = None
     run.attempts_without_commit = 0  # somebody looked at it
     set_run_state(session, run, RunState.QUEUED, message=WAITS_FOR_PLACE)
@@ -315,7 +325,9 @@ def set_run_state(
         run.paused_at = utc_now()
     if state in _SHOWN_RUN_STATES:
         add_event(session, run.job_id, f"run.{state}", {"reason": reason, "message": message}, run_id=run.id)
-    if state in FINAL_RUN_STATES - {RunState.SUCCEEDED}:
+    if state == RunState.SUCCEEDED:
+        _give_turn(session, run)
+    elif state in FINAL_RUN_STATES:
         _cancel_waiting(session, run)
     refresh_job(session, job)
 
@@ -389,6 +401,13 @@ def _end_tasks(session: Session, run: Run) -> None:
     for task in session.scalars(select(Task).where(Task.run_id == run.id, Task.state != TaskState.COMMITTED)):
         failed = run.state == RunState.FAILED and task.state in at_work
         change_state(task, f"task {task.name!r}", TaskState.FAILED if failed else TaskState.SKIPPED)
+
+
+def _give_turn(session: Session, run: Run) -> None:
+    """The run that waited for this one waits for a place now."""
+    following = select(Run).where(Run.job_id == run.job_id, Run.number > run.number).order_by(Run.number)
+    for later in session.scalars(following.where(Run.state == RunState.QUEUED).limit(1)):
+        later.message = WAITS_FOR_PLACE
 
 
 def _cancel_waiting(session: Session, run: Run) -> None:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import dataclasses
 import re
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from clcore.engine.errors import StateError
 from clcore.engine.state import load_state
-from service.adapters.manifest import MANIFEST_NAME, STATE
-from service.adapters.storage import Storage, task_key, train_key
+from service.adapters.manifest import STATE
+from service.adapters.storage import Storage, desired_key, task_key, train_key
 from service.adapters.version_files import read_manifest
 from service.specs import RunPlan
 
@@ -38,17 +39,20 @@ class Progress:
 
 
 def find_progress(storage: Storage, plan: RunPlan, attempt: int, since: Progress | None = None) -> Progress:
-    """Look for complete manifests of the plan's tasks in this attempt and earlier ones.
+    """Follow the complete manifests of the plan's tasks, each trained from the one before it.
 
-    The newest attempt that completed a task wins; tasks count as done only without a gap before them.
+    It begins at the version that was committed when the attempt began (desired.json). From there on the
+    newest attempt wins that completed the next task from the same parent: what an older one completed from
+    another parent while it should not have lived any more leads nowhere.
     since: what the attempt began with. Beyond it only its own manifests count: an earlier attempt that still
     lives may complete a task, whose memory this attempt does not have.
     """
-    task_dir, num_done, oldest = plan.parent.task_dir if plan.parent else None, 0, 1
+    task_dir, num_done = _committed(storage, plan)
+    oldest = 1
     if since is not None:
         task_dir, num_done, oldest = since.task_dir, since.num_done, attempt
     for task in plan.tasks[num_done:]:
-        found = _newest_complete(storage, plan.run_id, range(attempt, oldest - 1, -1), task.index)
+        found = _newest_complete(storage, plan.run_id, range(attempt, oldest - 1, -1), task.index, task_dir)
         if found is None:
             break
         task_dir, num_done = found, num_done + 1
@@ -56,11 +60,28 @@ def find_progress(storage: Storage, plan: RunPlan, attempt: int, since: Progress
     return Progress(num_done, task_dir, version)
 
 
-def _newest_complete(storage: Storage, run_id: str, attempts: range, task_index: int) -> str | None:
+def _committed(storage: Storage, plan: RunPlan) -> tuple[str | None, int]:
+    """Return the committed version to go on from, and how many of the plan's tasks it holds."""
+    task_dir = plan.parent.task_dir if plan.parent else None
+    try:
+        desired = storage.read_json(desired_key(plan.run_id))
+    except FileNotFoundError:
+        return task_dir, 0
+    committed: str | None = desired.get("parent", task_dir)
+    if committed == task_dir or committed is None:
+        return task_dir, 0
+    newest = read_manifest(storage, committed).task_index
+    return committed, [task.index for task in plan.tasks].index(newest) + 1
+
+
+def _newest_complete(
+    storage: Storage, run_id: str, attempts: range, task_index: int, parent_dir: str | None
+) -> str | None:
     for number in attempts:
         key = task_key(run_id, number, task_index)
-        if storage.exists(f"{key}/{MANIFEST_NAME}"):
-            return key
+        with suppress(FileNotFoundError):
+            if read_manifest(storage, key).parent_dir == parent_dir:
+                return key
     return None
 
 

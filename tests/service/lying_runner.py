@@ -16,7 +16,7 @@ from service.adapters.storage import Storage, desired_key, events_key, plan_key,
 from service.jobs.runner import RayJobState, RunnerRefused, RunnerUnreachable
 from service.specs import RunPlan
 from service.workers.events import EventWriter
-from service.workers.progress import find_progress
+from service.workers.progress import Progress, find_progress
 from tests.service.control import write_outcome, write_task
 
 MAX_WORKER_FAILURES = 3
@@ -91,6 +91,8 @@ class Driver:
     is_alive: bool = True
     num_worker_failures: int = 0
     _steps: Iterator[None] | None = None
+    _since: Progress | None = None
+    """What the driver found when it began."""
 
     def work(self) -> None:
         """Go one step on: write one object, or end with an outcome. Ends by is_alive = False."""
@@ -128,7 +130,8 @@ class Driver:
 
     def _train(self) -> Iterator[None]:
         plan = RunPlan.model_validate(self.storage.read_json(plan_key(self.run_id)))
-        progress = find_progress(self.storage, plan, self.attempt)
+        progress = find_progress(self.storage, plan, self.attempt, self._since)
+        self._since = self._since or progress
         events = EventWriter(self.storage, self.run_id, self.attempt)
         events.emit("run.started")
         yield

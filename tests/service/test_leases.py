@@ -115,6 +115,8 @@ def test_releasing_a_lost_lease_does_not_take_it_from_the_next_holder(sessions: 
 
 
 def test_of_many_that_ask_at_once_one_gets_it(sessions: Sessions) -> None:
+    take(sessions, "first")
+    expire(sessions)
     found: list[Lease | None] = []
     threads = [
         threading.Thread(target=lambda name=f"h{i}": found.append(take(sessions, name))) for i in range(8)

@@ -39,7 +39,11 @@ def test_a_paused_run_keeps_its_tasks_frees_its_place_and_goes_on_in_a_new_attem
     run = run_id(job)
     assert post(service, job, "pause")[1]["state"] == "pausing"
     service.reconciler.tick()
-    assert service.storage.read_json(f"runs/{run}/desired.json") == {"state": "paused", "attempt": 1}
+    assert service.storage.read_json(f"runs/{run}/desired.json") == {
+        "state": "paused",
+        "attempt": 1,
+        "parent": None,
+    }
     first = write_task(service.storage, run, 1, 0)
     write_outcome(service.storage, run, 1, "paused")
     waiting = service.submit(name="waiting")
@@ -53,7 +57,11 @@ def test_a_paused_run_keeps_its_tasks_frees_its_place_and_goes_on_in_a_new_attem
     service.reconciler.tick()
     service.reconciler.tick()
     assert service.runner.submitted[-1] == f"{run}-a2"
-    assert service.storage.read_json(f"runs/{run}/desired.json") == {"state": "running", "attempt": 2}
+    assert service.storage.read_json(f"runs/{run}/desired.json") == {
+        "state": "running",
+        "attempt": 2,
+        "parent": first,
+    }
     write_task(service.storage, run, 2, 1, parent_dir=first)
     service.reconciler.tick()
     assert service.job(job["id"])["state"] == "succeeded"
@@ -153,6 +161,7 @@ def test_time_in_a_pause_does_not_count_for_the_deadline(service: Service) -> No
         assert run.paused_at is not None
         assert run.deadline_at is not None
         run.paused_at -= timedelta(seconds=1000)
+        run.created_at -= timedelta(seconds=2000)
         before = run.deadline_at
     post(service, job, "resume")
     with service.sessions.read() as session:

@@ -78,7 +78,9 @@ def test_plan_and_desired_state_are_stored_before_the_job_is_submitted(
     monkeypatch.setattr(service.runner, "submit", look)
     service.reconciler.tick()
     command = f"python -m service.workers.driver --run {run_of(job)} --attempt 1"
-    assert seen == [({"state": "running", "attempt": 1}, command, service.settings.storage_url)]
+    assert seen == [
+        ({"state": "running", "attempt": 1, "parent": None}, command, service.settings.storage_url)
+    ]
     assert service.job(job["id"])["state"] == "scheduling"
 
 

@@ -36,6 +36,9 @@ from tests.service.tiny import put_plan, save_tiny_model
 STEPS = 4
 
 
+pytestmark = pytest.mark.timeout(900)  # Ray and an S3 server start inside
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model on disk."""
