@@ -16,8 +16,7 @@ import psutil
 from service.processes import free_ports
 
 START_TIMEOUT_S = 60.0
-SETTLE_S = 5.0
-"""The server imports torch beside its first requests."""
+WARM_UP_TIMEOUT_S = 300.0
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,8 @@ def api_process(**variables: str) -> Iterator[ApiProcess]:
     try:
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", trust_env=False, timeout=60) as client:
             _wait(process, client)
-            time.sleep(SETTLE_S)
+            # it imports torch beside its first requests, and answers this once it has
+            client.get("/v1/strategies", timeout=WARM_UP_TIMEOUT_S).raise_for_status()
             yield ApiProcess(client, psutil.Process(process.pid))
     finally:
         process.terminate()
