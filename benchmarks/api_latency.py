@@ -55,7 +55,7 @@ def fill(sessions: Sessions, num_jobs: int) -> None:
             spec = JobSpec(name=f"job-{number}", base_model=BaseModelSpec(id="tiny"), tasks=tasks)
             known = {"ds_1": KnownDataset(planned, "completion")}
             resolved = plan_tasks(tasks, training=spec.training, datasets=known)
-            job = repository.create_job(session, spec, resolved, base_model_path="/models/tiny")
+            job = repository.create_job(session, spec, resolved, base_model_path="/models/tiny").job
             if number >= NUM_QUEUED:
                 session.execute(update(Job).where(Job.id == job.id).values(state=RunState.SUCCEEDED))
                 session.execute(update(Run).where(Run.job_id == job.id).values(state=RunState.SUCCEEDED))

@@ -35,8 +35,8 @@ def find_base_model(spec: BaseModelSpec, models_dir: Path) -> str:
 
     Raises Invalid that names the prepared models.
     """
-    known = ", ".join(model.id for model in known_models(models_dir)) or "none"
     if not _is_id(spec.id):
+        known = _names(models_dir)
         raise _unknown(f"{spec.id!r} is no model id; give a name or org/name; prepared here: {known}")
     if (models_dir / spec.id / "config.json").is_file():
         if spec.revision is not None:
@@ -45,12 +45,17 @@ def find_base_model(spec: BaseModelSpec, models_dir: Path) -> str:
                 problems=[Problem("/base_model/revision", "prepared models have no revisions")],
             )
         return str(models_dir / spec.id)
+    known = _names(models_dir)
     if "/" not in spec.id:
         raise _unknown(
             f"unknown base model {spec.id!r}; prepared here: {known}; a hub id has the form org/name"
         )
     _ask_hub(spec, known)
     return spec.id
+
+
+def _names(models_dir: Path) -> str:
+    return ", ".join(model.id for model in known_models(models_dir)) or "none"
 
 
 def _is_id(name: str) -> bool:

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
@@ -60,7 +61,7 @@ def resolve_strategies(strategies: Sequence[StrategySpec]) -> tuple[StrategySpec
         _check_finite(spec.params, pointer)
         try:
             # For the types: it says which field, but takes unknown names.
-            TypeAdapter(config_class(spec.type)).validate_json(json.dumps(spec.params), strict=True)
+            _types_of(spec.type).validate_json(json.dumps(spec.params), strict=True)
             config = make_config(spec.type, spec.params)
         except ValidationError as error:
             first = error.errors(include_context=False)[0]
@@ -76,6 +77,12 @@ def resolve_strategies(strategies: Sequence[StrategySpec]) -> tuple[StrategySpec
     except ConfigError as error:
         _refuse("/strategy", str(error))
     return tuple(resolved)
+
+
+@cache
+def _types_of(strategy: str) -> TypeAdapter[Any]:
+    """Return what checks the types of a strategy's parameters; making it takes longer than a whole check."""
+    return TypeAdapter(config_class(strategy))
 
 
 def plan_tasks(
@@ -157,6 +164,8 @@ def plan_run(
 def _override(
     task: TaskSpec, training: TrainingSpec, pointer: str
 ) -> tuple[TrainingSpec | None, list[Problem]]:
+    if not task.overrides:
+        return training, []
     allowed = [name for name in TrainingSpec.model_fields if name not in WHOLE_JOB_FIELDS]
     wrong = [name for name in task.overrides if name not in allowed]
     if wrong:

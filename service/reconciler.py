@@ -156,11 +156,13 @@ class Reconciler:
             num_free = self._settings.max_concurrent_runs - at_work.total()
             if num_free <= 0:
                 return []
+            waiting = repository.runs_that_can_start(session, utc_now(), most=num_free)
+            several = len({run.owner for run in waiting}) > 1
             chosen = choose(
-                repository.runs_that_can_start(session, utc_now()),
+                waiting,
                 num_free=num_free,
                 at_work=at_work,
-                last_started=repository.last_started(session),
+                last_started=repository.last_started(session) if several else {},
             )
         return [run_id for run_id in chosen if self._begin(parts, run_id)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +86,14 @@ def aliases_of(session: Session, name: str) -> dict[str, int]:
     """Return alias -> version."""
     wanted = select(Alias).where(Alias.adapter == name).order_by(Alias.alias)
     return {row.alias: row.version for row in session.scalars(wanted)}
+
+
+def aliases_of_all(session: Session, names: Collection[str]) -> dict[str, dict[str, int]]:
+    """Return adapter -> alias -> version, in one query."""
+    found: dict[str, dict[str, int]] = {name: {} for name in names}
+    for row in session.scalars(select(Alias).where(Alias.adapter.in_(names)).order_by(Alias.alias)):
+        found[row.adapter][row.alias] = row.version
+    return found
 
 
 def resolve(session: Session, model: str) -> ResolvedAdapter:

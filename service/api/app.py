@@ -26,6 +26,7 @@ from service.api import (
     routes_results,
 )
 from service.api.problems import add_problem_handlers
+from service.api.watch import Watch
 from service.db.session import Sessions
 from service.ids import new_id
 from service.jobs.runner import JobRunner
@@ -63,6 +64,7 @@ def create_app(
     app.state.storage = storage
     app.state.runner = runner
     app.state.stopping = threading.Event()
+    app.state.watch = Watch(sessions, app.state.stopping)
     app.state.reconciler = Reconciler(settings, sessions=sessions, storage=storage, runner=runner)
     add_problem_handlers(app)
     app.add_middleware(BodyLimit)

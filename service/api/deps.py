@@ -1,4 +1,7 @@
-"""What routes need, taken from the application's state; create_app puts it there."""
+"""What routes need, taken from the application's state; create_app puts it there.
+
+What cannot block is async: FastAPI gives every other dependency a thread of its own for a moment.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from fastapi import Depends, Request
 from sqlalchemy.orm import Session
 
 from service.adapters.storage import Storage
+from service.api.watch import Watch
 from service.db.session import Sessions
 from service.db.tables import DEFAULT_OWNER
 from service.errors import Invalid
@@ -20,31 +24,37 @@ from service.settings import Settings
 OWNER_PATTERN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@+:-]{0,199}")
 
 
-def get_settings(request: Request) -> Settings:
+async def get_settings(request: Request) -> Settings:
     """The settings that the application was made with."""
     settings: Settings = request.app.state.settings
     return settings
 
 
-def get_sessions(request: Request) -> Sessions:
+async def get_sessions(request: Request) -> Sessions:
     """The database."""
     sessions: Sessions = request.app.state.sessions
     return sessions
 
 
-def get_storage(request: Request) -> Storage:
+async def get_storage(request: Request) -> Storage:
     """The storage root."""
     storage: Storage = request.app.state.storage
     return storage
 
 
-def get_runner(request: Request) -> JobRunner:
+async def get_runner(request: Request) -> JobRunner:
     """The Ray Jobs API."""
     runner: JobRunner = request.app.state.runner
     return runner
 
 
-def get_reconciler(request: Request) -> Reconciler:
+async def get_watch(request: Request) -> Watch:
+    """What wakes those who follow a job."""
+    watch: Watch = request.app.state.watch
+    return watch
+
+
+async def get_reconciler(request: Request) -> Reconciler:
     """The reconciler, to be woken after a change."""
     reconciler: Reconciler = request.app.state.reconciler
     return reconciler
@@ -52,13 +62,15 @@ def get_reconciler(request: Request) -> Reconciler:
 
 def read_session(request: Request) -> Iterator[Session]:
     """A transaction that reads, closed after the answer."""
-    with get_sessions(request).read() as session:
+    sessions: Sessions = request.app.state.sessions
+    with sessions.read() as session:
         yield session
 
 
-def get_owner(request: Request) -> str:
+async def get_owner(request: Request) -> str:
     """Who calls: what a trusted proxy says, where the settings name its header. Raises Invalid."""
-    header = get_settings(request).owner_header
+    settings: Settings = request.app.state.settings
+    header = settings.owner_header
     if not header:
         return DEFAULT_OWNER
     owner = request.headers.get(header, "")
@@ -74,5 +86,6 @@ SessionsDep = Annotated[Sessions, Depends(get_sessions)]
 StorageDep = Annotated[Storage, Depends(get_storage)]
 RunnerDep = Annotated[JobRunner, Depends(get_runner)]
 ReconcilerDep = Annotated[Reconciler, Depends(get_reconciler)]
+WatchDep = Annotated[Watch, Depends(get_watch)]
 ReadSession = Annotated[Session, Depends(read_session)]
 OwnerDep = Annotated[str, Depends(get_owner)]

@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Annotated, Any
 
 import httpx
-from fastapi import APIRouter, Depends, FastAPI, Request
+from fastapi import APIRouter, Depends, FastAPI, Query, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from fastapi.routing import APIRoute
@@ -28,6 +28,7 @@ from service.serving.gateway import generation, open_client
 from service.serving.openai_wire import Answer, ChatRequest, CompletionRequest, usage
 
 RETRY_AFTER_S = 5
+MODELS_PER_PAGE = 500
 CLIENT_CLOSED_REQUEST = 499
 
 
@@ -82,12 +83,12 @@ async def _lifespan(_app: FastAPI) -> AsyncIterator[dict[str, Any]]:
 router = APIRouter(prefix="/v1", tags=["openai"], route_class=OpenAIRoute, lifespan=_lifespan)
 
 
-def get_directory(sessions: SessionsDep, settings: SettingsDep) -> ModelDirectory:
+async def get_directory(sessions: SessionsDep, settings: SettingsDep) -> ModelDirectory:
     """The models that can be asked."""
     return ModelDirectory(sessions, settings.models_dir)
 
 
-def get_serve_client(request: Request) -> httpx.AsyncClient:
+async def get_serve_client(request: Request) -> httpx.AsyncClient:
     """The shared client to the Serve proxy."""
     client: httpx.AsyncClient = request.state.serve_client
     return client
@@ -97,17 +98,22 @@ Directory = Annotated[ModelDirectory, Depends(get_directory)]
 ServeClient = Annotated[httpx.AsyncClient, Depends(get_serve_client)]
 
 
-@router.get("/models")
-def list_models(directory: Directory) -> dict[str, Any]:
-    """List adapters, their versions and base models."""
-    return {"object": "list", "data": directory.cards()}
+@router.get("/models", response_model=dict[str, Any])
+def list_models(
+    directory: Directory,
+    limit: Annotated[int, Query(ge=1, le=MODELS_PER_PAGE)] = MODELS_PER_PAGE,
+    after: str = "",
+) -> Response:
+    """List adapters, their versions and base models; where has_more, next_cursor goes into `after`."""
+    data, cursor = directory.cards(limit=limit, after=after)
+    has_more = cursor is not None
+    return JSONResponse({"object": "list", "data": data, "has_more": has_more, "next_cursor": cursor})
 
 
 @router.get("/models/{model:path}")
 def get_model(model: str, directory: Directory) -> dict[str, Any]:
     """Describe one model by its listed id, or what an alias means now."""
-    cards = {card["id"]: card for card in directory.cards()}
-    return cards.get(model) or cards[directory.find(model).id]
+    return directory.card(model)
 
 
 @router.post("/completions", response_model=None)

@@ -7,7 +7,6 @@ from typing import Annotated
 from fastapi import APIRouter, Path, Query
 from pydantic import Field, StrictInt
 from sqlalchemy import select
-from sqlalchemy.orm import Session
 
 from service.adapters import registry
 from service.api.deps import ReadSession, SessionsDep
@@ -34,7 +33,8 @@ def list_adapters(
         wanted = wanted.where(Adapter.name > after)
     rows = session.scalars(wanted).all()
     has_more = len(rows) > limit
-    data = [_view(session, row) for row in rows[:limit]]
+    aliases = registry.aliases_of_all(session, [row.name for row in rows])
+    data = [_view(row, aliases[row.name]) for row in rows[:limit]]
     return Page(data=data, has_more=has_more, next_cursor=data[-1].name if has_more else None)
 
 
@@ -43,7 +43,7 @@ def show_adapter(name: str, session: ReadSession) -> AdapterDetail:
     """Show an adapter with its versions and aliases."""
     row = registry.get_adapter(session, name)
     versions = [version_view(version) for version in registry.versions_of(session, name)]
-    return AdapterDetail(**_view(session, row).model_dump(), versions=versions)
+    return AdapterDetail(**_view(row, registry.aliases_of(session, name)).model_dump(), versions=versions)
 
 
 @router.get("/{name}/versions/{version}")
@@ -61,12 +61,12 @@ def move_alias(name: str, alias: str, target: AliasTarget, sessions: SessionsDep
         return AliasView.model_validate(registry.set_alias(session, name, alias, target.version))
 
 
-def _view(session: Session, row: Adapter) -> AdapterView:
+def _view(row: Adapter, aliases: dict[str, int]) -> AdapterView:
     return AdapterView(
         name=row.name,
         job_id=row.job_id,
         latest_version=row.latest_version,
-        aliases=registry.aliases_of(session, row.name),
+        aliases=aliases,
         created_at=row.created_at,
         updated_at=row.updated_at,
     )

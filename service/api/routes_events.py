@@ -6,15 +6,15 @@ import time
 from collections.abc import AsyncIterator
 from typing import Annotated
 
-import anyio
 from anyio.to_thread import run_sync
 from fastapi import APIRouter, Header, Query, Request, Response
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import StreamingResponse
 from fastapi.sse import KEEPALIVE_COMMENT, format_sse_event
 from sqlalchemy.exc import SQLAlchemyError
 
-from service.api.deps import SessionsDep
+from service.api.deps import SessionsDep, WatchDep
 from service.api.views import EventView, Page
+from service.api.watch import Watch
 from service.db.engines import is_away
 from service.db.session import Sessions
 from service.errors import Invalid
@@ -24,7 +24,6 @@ from service.jobs.states import FINAL_RUN_STATES
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 BATCH_SIZE = 500
-LOOK_EVERY_S = 0.25
 HEARTBEAT_S = 10.0
 
 
@@ -33,6 +32,7 @@ async def events(
     request: Request,
     job_id: str,
     sessions: SessionsDep,
+    watch: WatchDep,
     after: Annotated[int, Query(ge=0, lt=2**63)] = 0,
     limit: Annotated[int, Query(ge=1, le=1000)] = 100,
     accept: Annotated[str, Header()] = "",
@@ -44,18 +44,14 @@ async def events(
             after = _read_id(last_event_id)
         await run_sync(_look, sessions, job_id, after, 1)  # an unknown job is a 404, not an empty stream
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-        stream = _follow(request, sessions, job_id, after)
+        stream = _follow(request, sessions, watch, job_id, after)
         return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
-    found, _ = await run_sync(_look, sessions, job_id, after, limit + 1)
-    has_more = len(found) > limit
-    page = Page[EventView](data=found[:limit], has_more=has_more)
-    if has_more:
-        page.next_cursor = str(page.data[-1].id)
-    return JSONResponse(page.model_dump(mode="json"))
+    return Response(await run_sync(_page, sessions, job_id, after, limit), media_type="application/json")
 
 
-async def _follow(request: Request, sessions: Sessions, job_id: str, after: int) -> AsyncIterator[bytes]:
-    sent_at = time.monotonic()
+async def _follow(
+    request: Request, sessions: Sessions, watch: Watch, job_id: str, after: int
+) -> AsyncIterator[bytes]:
     while not request.app.state.stopping.is_set():
         try:
             found, is_final = await run_sync(_look, sessions, job_id, after, BATCH_SIZE)
@@ -66,15 +62,22 @@ async def _follow(request: Request, sessions: Sessions, job_id: str, after: int)
         for event in found:
             yield format_sse_event(data_str=event.model_dump_json(), event=event.type, id=str(event.id))
             after = event.id
-        if found:
-            sent_at = time.monotonic()
-        elif is_final:
+        if is_final and not found:
             return
-        elif time.monotonic() - sent_at > HEARTBEAT_S:
-            yield KEEPALIVE_COMMENT
-            sent_at = time.monotonic()
         if len(found) < BATCH_SIZE and not is_final:
-            await anyio.sleep(LOOK_EVERY_S)
+            start = time.monotonic()
+            await watch.wait(job_id, after, HEARTBEAT_S)
+            if time.monotonic() - start >= HEARTBEAT_S:
+                yield KEEPALIVE_COMMENT
+
+
+def _page(sessions: Sessions, job_id: str, after: int, limit: int) -> str:
+    """Return a page as JSON, written here and not on the event loop."""
+    found, _ = _look(sessions, job_id, after, limit + 1)
+    page = Page[EventView](data=found[:limit], has_more=len(found) > limit)
+    if page.has_more:
+        page.next_cursor = str(page.data[-1].id)
+    return page.model_dump_json()
 
 
 def _look(sessions: Sessions, job_id: str, after: int, limit: int) -> tuple[list[EventView], bool]:

@@ -35,7 +35,7 @@ from service.specs import JobSpec, PlannedTask, Spec, TaskSpec
 router = APIRouter(prefix="/v1", tags=["jobs"])
 
 
-def _changer(sessions: SessionsDep, reconciler: ReconcilerDep) -> Callable[..., JobView]:
+async def _changer(sessions: SessionsDep, reconciler: ReconcilerDep) -> Callable[..., JobView]:
     """Change a job in one transaction, wake the reconciler, show the result."""
 
     def change(job_id: str, verb: Callable[[Session, Job], object]) -> JobView:
@@ -75,10 +75,9 @@ def submit(
     spec, path = _resolve(spec, settings)
     with sessions.write() as session:
         planned = _plan(session, spec.tasks, spec)
-        job = repository.create_job(session, spec, planned, base_model_path=path, owner=owner)
-        shown = _show(session, job)
+        new = repository.create_job(session, spec, planned, base_model_path=path, owner=owner)
     reconciler.wake()
-    return shown
+    return job_view(new.job, [task_view(task) for task in new.tasks], [RunView.model_validate(new.run)])
 
 
 @router.post("/jobs:plan")

@@ -74,8 +74,9 @@ class Dataset(Table):
     """Uploaded rows; the rows themselves are in storage."""
 
     __tablename__ = "datasets"
+    __table_args__ = (Index("ix_datasets_name_id", "name", "id"),)
     id: Mapped[str] = mapped_column(primary_key=True)
-    name: Mapped[str] = mapped_column(index=True)
+    name: Mapped[str]
     format: Mapped[str]
     """completion or messages."""
     num_rows: Mapped[int]
@@ -89,7 +90,10 @@ class Job(Table):
     """A growable sequence of tasks for one adapter."""
 
     __tablename__ = "jobs"
-    __table_args__ = (Index("ix_jobs_state_id", "state", "id"),)
+    __table_args__ = (
+        Index("ix_jobs_state_id", "state", "id"),
+        Index("ix_jobs_base_model_id_num_committed", "base_model_id", "num_committed"),
+    )
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str] = mapped_column(index=True)
     adapter: Mapped[str] = mapped_column(unique=True)
@@ -121,7 +125,11 @@ class Run(Table):
     """One execution of tasks that are fixed at its creation."""
 
     __tablename__ = "runs"
-    __table_args__ = (UniqueConstraint("job_id", "number"), Index("ix_runs_state_id", "state", "id"))
+    __table_args__ = (
+        UniqueConstraint("job_id", "number"),
+        Index("ix_runs_state_deadline_at", "state", "deadline_at"),
+        Index("ix_runs_cleaned_at_finished_at", "cleaned_at", "finished_at"),
+    )
     id: Mapped[str] = mapped_column(primary_key=True)
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     number: Mapped[int]

@@ -42,18 +42,30 @@ def add_event(
 ) -> None:
     """Append an event under the job's next number. The caller has locked the job (repository.lock_job)."""
     job = session.get_one(Job, job_id)
+    session.add(next_event(job, kind, data, run_id=run_id, attempt=attempt, seq=seq, time=time))
+
+
+def next_event(
+    job: Job,
+    kind: str,
+    data: Mapping[str, Any],
+    *,
+    run_id: str | None = None,
+    attempt: int | None = None,
+    seq: int | None = None,
+    time: datetime | None = None,
+) -> Event:
+    """Make the job's next event; the caller stores it. For a job that is new itself: else add_event."""
     job.last_event += 1
-    session.add(
-        Event(
-            job_id=job_id,
-            id=job.last_event,
-            run_id=run_id,
-            attempt=attempt,
-            seq=seq,
-            time=time or utc_now(),
-            type=kind,
-            data=dict(data),
-        )
+    return Event(
+        job_id=job.id,
+        id=job.last_event,
+        run_id=run_id,
+        attempt=attempt,
+        seq=seq,
+        time=time or utc_now(),
+        type=kind,
+        data=dict(data),
     )
 
 

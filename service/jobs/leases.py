@@ -79,7 +79,7 @@ class FencedSessions(Sessions):
     """Sessions whose writes are refused once the lease is lost."""
 
     def __init__(self, sessions: Sessions, lease: Lease) -> None:
-        super().__init__(sessions.engine)
+        super().__init__(sessions.engine, turn=sessions.turn)
         self._lease = lease
 
     @contextmanager

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from datetime import datetime, timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, exists, func, select
 from sqlalchemy.exc import IntegrityError
@@ -18,7 +18,7 @@ from service.adapters.storage import dataset_key
 from service.db.tables import DEFAULT_OWNER, Attempt, Dataset, Job, Run, Task, utc_now
 from service.errors import Conflict, NotFound
 from service.ids import new_id
-from service.jobs.events import add_event
+from service.jobs.events import add_event, next_event
 from service.jobs.queue import WaitingRun
 from service.jobs.states import (
     AT_WORK_RUN_STATES,
@@ -38,6 +38,14 @@ PAUSED_BY_USER = "paused by the user"
 WAITS_FOR_PLACE = "waits for a free place"
 _SHOWN_RUN_STATES = FINAL_RUN_STATES | STOPPING_RUN_STATES | WAITING_RUN_STATES
 """Changes to these are events; the others have events of their own, such as run.submitted."""
+
+
+class NewJob(NamedTuple):
+    """What create_job stored."""
+
+    job: Job
+    run: Run
+    tasks: list[Task]
 
 
 # ------------------------------------------------------------------------------------------------------ reads
@@ -141,13 +149,19 @@ def _is_first() -> ColumnElement[bool]:
     )
 
 
-def runs_that_can_start(session: Session, now: datetime) -> list[WaitingRun]:
-    """Return the queued runs whose job has no earlier unfinished run and whose back-off is over."""
-    wanted = (
-        select(Run.id, Job.owner, Job.priority, Run.started_at, Run.created_at)
+def runs_that_can_start(session: Session, now: datetime, *, most: int) -> list[WaitingRun]:
+    """Return the queued runs whose job has no earlier unfinished run and whose back-off is over.
+
+    Of each owner the first `most` only, in the order of service.jobs.queue: thousands may wait.
+    """
+    order = (Run.started_at.is_(None), Job.priority.desc(), Run.created_at, Run.id)
+    place = func.row_number().over(partition_by=Job.owner, order_by=order)
+    ranked = (
+        select(Run.id, Job.owner, Job.priority, Run.started_at, Run.created_at, place.label("place"))
         .join(Job, Run.job_id == Job.id)
         .where(Run.state == RunState.QUEUED, _is_first())
         .where((Run.not_before.is_(None)) | (Run.not_before <= now))
+        .subquery()
     )
     return [
         WaitingRun(
@@ -157,7 +171,7 @@ def runs_that_can_start(session: Session, now: datetime) -> list[WaitingRun]:
             has_started=row.started_at is not None,
             created_at=row.created_at,
         )
-        for row in session.execute(wanted)
+        for row in session.execute(select(ranked).where(ranked.c.place <= most))
     ]
 
 
@@ -193,8 +207,11 @@ def create_job(
     *,
     base_model_path: str,
     owner: str = DEFAULT_OWNER,
-) -> Job:
-    """Store a job and its first run. Raises Conflict when the adapter's name is taken."""
+) -> NewJob:
+    """Store a job with its first run and tasks. Raises Conflict when the adapter's name is taken.
+
+    A new job has nothing to read back or to lock, so this takes one statement per table.
+    """
     adapter = spec.adapter or spec.name
     taken_by = session.scalar(select(Job.id).where(Job.adapter == adapter))
     if taken_by is not None:
@@ -208,25 +225,31 @@ def create_job(
         name=spec.name,
         adapter=adapter,
         state=RunState.QUEUED,
+        message=WAITS_FOR_PLACE,
         spec=spec.model_dump(mode="json"),
         base_model_path=base_model_path,
         base_model_id=spec.base_model.id,
         labels=dict(spec.labels),
         owner=owner,
         priority=spec.priority,
-        num_tasks=0,
+        num_tasks=len(planned),
         last_event=0,
     )
+    created = {"name": job.name, "adapter": job.adapter, "num_tasks": len(planned)}
+    events = [next_event(job, "job.created", created)]
+    run = _new_run(job, [], [plan.index for plan in planned])
+    events.append(next_event(job, "run.queued", _queued_data(run), run_id=run.id))
     session.add(job)
     try:
         session.flush()
     except IntegrityError as error:  # another replica was faster
         raise Conflict(f"adapter name {adapter!r} was just taken", code="adapter_name_taken") from error
-    add_event(
-        session, job.id, "job.created", {"name": job.name, "adapter": job.adapter, "num_tasks": len(planned)}
-    )
-    _add_run_with_tasks(session, job, spec.tasks, planned)
-    return job
+    session.add(run)
+    session.flush()
+    tasks = _new_tasks(run, spec.tasks, planned)
+    session.add_all([*tasks, *events])
+    session.flush()
+    return NewJob(job, run, tasks)
 
 
 def check_appendable(job: Job) -> None:
@@ -342,7 +365,7 @@ def refresh_job(session: Session, job: Job) -> None:
     shown = unfinished[0] if unfinished else ended[-1]
     was_final = job.state in FINAL_RUN_STATES
     job.state, job.reason, job.message = shown.state, shown.reason, shown.message
-    job.num_tasks = len(tasks_of(session, job.id))
+    job.num_tasks = session.scalar(select(func.count()).where(Task.job_id == job.id)) or 0
     if unfinished:
         job.finished_at = None
     elif not was_final:
@@ -355,32 +378,43 @@ def _add_run_with_tasks(
     session: Session, job: Job, tasks: Sequence[TaskSpec], planned: Sequence[PlannedTask]
 ) -> Run:
     run = _add_run(session, job, [plan.index for plan in planned])
-    for task, plan in zip(tasks, planned, strict=True):
-        session.add(
-            Task(
-                id=new_id("task"),
-                job_id=job.id,
-                run_id=run.id,
-                index=plan.index,
-                name=task.name,
-                spec=task.model_dump(mode="json"),
-                planned=plan.model_dump(mode="json"),
-                dataset_id=plan.dataset.id,
-                eval_dataset_id=plan.eval_dataset.id,
-                state=TaskState.PENDING,
-            )
-        )
+    session.add_all(_new_tasks(run, tasks, planned))
     refresh_job(session, job)
     return run
 
 
+def _new_tasks(run: Run, tasks: Sequence[TaskSpec], planned: Sequence[PlannedTask]) -> list[Task]:
+    return [
+        Task(
+            id=new_id("task"),
+            job_id=run.job_id,
+            run_id=run.id,
+            index=plan.index,
+            name=task.name,
+            spec=task.model_dump(mode="json"),
+            planned=plan.model_dump(mode="json"),
+            dataset_id=plan.dataset.id,
+            eval_dataset_id=plan.eval_dataset.id,
+            state=TaskState.PENDING,
+        )
+        for task, plan in zip(tasks, planned, strict=True)
+    ]
+
+
 def _add_run(session: Session, job: Job, task_indexes: list[Any]) -> Run:
-    earlier = runs_of(session, job.id)
+    run = _new_run(job, runs_of(session, job.id), task_indexes)
+    session.add(run)
+    session.flush()
+    add_event(session, job.id, "run.queued", _queued_data(run), run_id=run.id)
+    return run
+
+
+def _new_run(job: Job, earlier: Sequence[Run], task_indexes: list[Any]) -> Run:
     number = len(earlier) + 1
     waits_for = [run for run in earlier if run.state in UNFINISHED_RUN_STATES]
     deadline_s = job.spec.get("limits", {}).get("deadline_s")
     now = utc_now()
-    run = Run(
+    return Run(
         id=new_id("run"),
         job_id=job.id,
         number=number,
@@ -390,10 +424,10 @@ def _add_run(session: Session, job: Job, task_indexes: list[Any]) -> Run:
         deadline_at=None if deadline_s is None else now + timedelta(seconds=deadline_s),
         created_at=now,
     )
-    session.add(run)
-    session.flush()
-    add_event(session, job.id, "run.queued", {"number": number, "task_indexes": task_indexes}, run_id=run.id)
-    return run
+
+
+def _queued_data(run: Run) -> dict[str, Any]:
+    return {"number": run.number, "task_indexes": run.task_indexes}
 
 
 def _end_tasks(session: Session, run: Run) -> None:

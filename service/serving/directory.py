@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +13,24 @@ from sqlalchemy.orm import Session
 
 from service.adapters import registry
 from service.db.session import Sessions
-from service.db.tables import Adapter, AdapterVersion
+from service.db.tables import Adapter, AdapterVersion, Job
 from service.errors import NotFound
 from service.models import is_model_folder, list_models
 from service.serving.engine import AdapterRef
 from service.specs import NAME_PATTERN
 
 OWNER = "cl-peft"
-_BASE_ID = AdapterVersion.manifest["base_model"]["id"].as_string()
-_BASE_PATH = AdapterVersion.manifest["base_model_path"].as_string()
+_BASE = "base:"
+"""Begins the cursor of a page that ends in a base model."""
+_VERSIONS = select(
+    AdapterVersion.adapter,
+    AdapterVersion.version,
+    AdapterVersion.created_at,
+    AdapterVersion.task_name,
+    AdapterVersion.manifest["base_model"]["id"].as_string().label("base_model"),
+    AdapterVersion.manifest["data_format"].as_string().label("data_format"),
+)
+"""What a card shows; a whole manifest is several kilobytes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,40 +75,78 @@ class ModelDirectory:
             adapter=AdapterRef(id=name, task_dir=found.task_dir),
         )
 
-    def cards(self) -> list[dict[str, Any]]:
-        """Return OpenAI model objects: each adapter's bare name, its versions oldest first, then base models.
+    def cards(self, *, limit: int, after: str = "") -> tuple[list[dict[str, Any]], str | None]:
+        """Return a page of OpenAI model objects, and the cursor of the next page if there is one.
 
-        Beside OpenAI's fields an adapter's entry has base_model, data_format, version, task and aliases.
+        Each adapter's bare name, its versions oldest first, then base models. Beside OpenAI's fields an
+        adapter's entry has base_model, data_format, version, task and aliases.
         """
-        cards: list[dict[str, Any]] = []
+        last_base = after.removeprefix(_BASE) if after.startswith(_BASE) else ""
+        name, _, version = after.partition("@v")
+        seen = int(version) if version.isdigit() else 0
         with self._sessions.read() as session:
-            for adapter in session.scalars(select(Adapter).order_by(Adapter.name)):
-                aliases = registry.aliases_of(session, adapter.name)
-                versions = {
-                    row.version: _version_card(row, aliases)
-                    for row in registry.versions_of(session, adapter.name)
-                }
-                if registry.DEFAULT_ALIAS in aliases:
-                    cards.append({**versions[aliases[registry.DEFAULT_ALIAS]], "id": adapter.name})
-                cards.extend(versions.values())
-            cards.extend(
-                {"id": name, "object": "model", "created": created, "owned_by": OWNER}
-                for name, created in sorted(self._base_times(session).items())
-            )
-        return cards
+            cards = [] if last_base else self._adapter_cards(session, name, limit + 2)
+            if after:
+                cards = [(at, card) for at, card in cards if at > (name, seen)]
+            if len(cards) <= limit:
+                times = sorted(self._base_times(session).items())
+                cards += [((_BASE, 0), _base_card(base, at)) for base, at in times if base > last_base]
+        page = cards[:limit]
+        if len(cards) <= limit:
+            return [card for _, card in page], None
+        (last, number), card = page[-1]
+        cursor = f"{_BASE}{card['id']}" if last == _BASE else f"{last}@v{number}"
+        return [card for _, card in page], cursor
+
+    def card(self, model: str) -> dict[str, Any]:
+        """Return one model object by any of the model's names. Raises NotFound as find() does."""
+        found = self.find(model)
+        with self._sessions.read() as session:
+            if found.version is None:
+                return _base_card(found.id, self._base_times(session)[found.id])
+            name = found.id.partition("@")[0]
+            row = session.execute(
+                _VERSIONS.where(AdapterVersion.adapter == name, AdapterVersion.version == found.version)
+            ).one()
+            card = _version_card(row, registry.aliases_of(session, name))
+        return {**card, "id": name} if model == name else card
 
     def _base_path(self, session: Session, model: str) -> str | None:
         folder = self._models_dir / model
         if re.match(NAME_PATTERN, model) and is_model_folder(folder):
             return str(folder)
-        return session.scalar(select(_BASE_PATH).where(_BASE_ID.in_([model])).limit(1))
+        wanted = select(Job.base_model_path).where(Job.base_model_id == model, Job.num_committed > 0)
+        return session.scalar(wanted.limit(1))
 
     def _base_times(self, session: Session) -> dict[str, int]:
-        used: dict[str, int] = dict.fromkeys(session.scalars(select(_BASE_ID).distinct()), 0)
-        return used | {info.name: int(info.path.stat().st_mtime) for info in list_models(self._models_dir)}
+        used = select(Job.base_model_id).where(Job.num_committed > 0).distinct()
+        found: dict[str, int] = dict.fromkeys(session.scalars(used), 0)
+        return found | {info.name: int(info.path.stat().st_mtime) for info in list_models(self._models_dir)}
+
+    @staticmethod
+    def _adapter_cards(
+        session: Session, first: str, num_adapters: int
+    ) -> list[tuple[tuple[str, int], dict[str, Any]]]:
+        """Return the cards of so many adapters from this name on, each with its place: name, version or 0."""
+        wanted = select(Adapter.name).where(Adapter.name >= first).order_by(Adapter.name).limit(num_adapters)
+        names = session.scalars(wanted).all()
+        aliases = registry.aliases_of_all(session, names)
+        order = (AdapterVersion.adapter, AdapterVersion.version)
+        rows = session.execute(_VERSIONS.where(AdapterVersion.adapter.in_(names)).order_by(*order)).all()
+        cards = []
+        for name, group in groupby(rows, key=lambda row: str(row.adapter)):
+            versions = {row.version: _version_card(row, aliases[name]) for row in group}
+            if registry.DEFAULT_ALIAS in aliases[name]:
+                cards.append(((name, 0), {**versions[aliases[name][registry.DEFAULT_ALIAS]], "id": name}))
+            cards += [((name, number), card) for number, card in versions.items()]
+        return cards
 
 
-def _version_card(row: AdapterVersion, aliases: dict[str, int]) -> dict[str, Any]:
+def _base_card(name: str, created: int) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": created, "owned_by": OWNER}
+
+
+def _version_card(row: Any, aliases: dict[str, int]) -> dict[str, Any]:
     return {
         "id": f"{row.adapter}@v{row.version}",
         "object": "model",
@@ -107,6 +155,6 @@ def _version_card(row: AdapterVersion, aliases: dict[str, int]) -> dict[str, Any
         "version": row.version,
         "task": row.task_name,
         "aliases": [alias for alias, version in aliases.items() if version == row.version],
-        "base_model": row.manifest["base_model"]["id"],
-        "data_format": row.manifest["data_format"],
+        "base_model": row.base_model,
+        "data_format": row.data_format,
     }

@@ -34,7 +34,7 @@ def job_id(sessions: Sessions) -> str:
         spec = JobSpec(name="demo", base_model=BaseModelSpec(id="tiny"), tasks=tasks)
         known = KnownDataset(PlannedDataset(id="ds_1", path="p", sha256="0", num_rows=8), "completion")
         planned = plan_tasks(tasks, training=spec.training, datasets={"ds_1": known})
-        return repository.create_job(session, spec, planned, base_model_path="/m").id
+        return repository.create_job(session, spec, planned, base_model_path="/m").job.id
 
 
 def test_the_migrations_make_exactly_the_tables_of_the_code(settings: Settings) -> None:

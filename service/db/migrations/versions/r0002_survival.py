@@ -17,6 +17,12 @@ down_revision = "0001"
 
 JSON_VALUE = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
 TIME = sa.DateTime(timezone=True)
+INDEXES = (
+    ("ix_datasets_name_id", "datasets", ["name", "id"]),
+    ("ix_jobs_base_model_id_num_committed", "jobs", ["base_model_id", "num_committed"]),
+    ("ix_runs_state_deadline_at", "runs", ["state", "deadline_at"]),
+    ("ix_runs_cleaned_at_finished_at", "runs", ["cleaned_at", "finished_at"]),
+)
 EVENT_FIELDS = "run_id, attempt, seq, time, type, data"
 
 
@@ -53,6 +59,10 @@ def upgrade() -> None:
         key=("job_id", "id"),
         number="row_number() OVER (PARTITION BY job_id ORDER BY id)",
     )
+    for name in ("ix_datasets_name", "ix_runs_state_id"):
+        op.drop_index(name)
+    for name, table, columns in INDEXES:
+        op.create_index(name, table, columns)
     op.execute("UPDATE jobs SET last_event = (SELECT count(*) FROM events WHERE events.job_id = jobs.id)")
     create_triggers()
 
@@ -76,6 +86,10 @@ def downgrade() -> None:
     op.create_index("ix_events_job_id_id", "events", ["job_id", "id"])
     if _is_postgres():
         op.execute("SELECT setval('events_id_seq', (SELECT coalesce(max(id), 0) + 1 FROM events), false)")
+    for name, table, _ in INDEXES:
+        op.drop_index(name, table)
+    op.create_index("ix_datasets_name", "datasets", ["name"])
+    op.create_index("ix_runs_state_id", "runs", ["state", "id"])
     op.drop_table("leases")
     op.drop_table("metrics")
     op.execute("ALTER TABLE runs RENAME COLUMN stop_requested_at TO cancel_requested_at")
