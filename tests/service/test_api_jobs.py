@@ -274,7 +274,11 @@ def test_cancel_asks_workers_to_stop_and_retry_takes_the_rest(service: Service) 
     write_task(service.storage, run, 1, 0)
     assert service.client.post(f"/v1/jobs/{job['id']}:cancel").json()["state"] == "cancelling"
     service.reconciler.tick()
-    assert service.storage.read_json(f"runs/{run}/desired.json") == {"state": "cancelled"}
+    assert service.storage.read_json(f"runs/{run}/desired.json") == {
+        "state": "cancelled",
+        "attempt": 1,
+        "parent": None,
+    }
     write_outcome(service.storage, run, 1, "cancelled")
     service.reconciler.tick()
     shown = service.job(job["id"])
