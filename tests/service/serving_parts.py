@@ -168,6 +168,7 @@ def commit_version(
                     base_model_id="org/tiny",
                     labels={},
                     num_tasks=1,
+                    num_committed=1,
                 )
             )
             session.flush()
