@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from service.processes import interrupt_on_signals
 from tests.chaos.board import Board, print_summary
 from tests.chaos.cases import Case, all_runs, quick_runs
 from tests.chaos.hosts import LOOPBACK, Hosts
@@ -30,6 +31,7 @@ def main() -> int:
         runs = [run for cases in runs if (run := tuple(c for c in cases if c.id.startswith(arguments.only)))]
     if not runs:
         parser.error(f"no case begins with {arguments.only!r}")
+    interrupt_on_signals()  # SIGTERM too ends the stand in order
     results = Results(arguments.json, [case.id for run in runs for case in run], resume=arguments.resume)
     with Board(runs, results.rows) as board:
         for cases, hosts in ((_here(runs), LOOPBACK), (_cuts(runs), None)):

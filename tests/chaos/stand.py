@@ -20,7 +20,7 @@ import httpx
 
 from service.client import ApiError, Client
 from service.embedded import settings_environment
-from service.processes import free_ports
+from service.processes import free_ports, uninterrupted
 from service.serving.deploy import wait_ready
 from service.settings import Settings
 from tests.chaos.gate import Gate
@@ -220,7 +220,8 @@ def running_stand(say: Callable[[str], None], hosts: Hosts = LOOPBACK) -> Iterat
         stand.start(say)
         yield stand
     finally:
-        stand.close()
+        with uninterrupted():
+            stand.close()
     shutil.rmtree(root)
 
 
