@@ -25,7 +25,7 @@ import psycopg
 from psycopg import sql
 
 from service.db.tables import Table
-from service.processes import free_ports
+from service.processes import free_ports, refer_to
 
 USER, PASSWORD = "clpeft", "s3cret-of-tests"
 START_TIMEOUT_S = 60.0
@@ -39,6 +39,19 @@ _SETTINGS = {
     "autovacuum": "off",
     "logging_collector": "off",
 }
+# Waits until its standard input ends, which it does also when its starter gets SIGKILL; then ends the server
+# and removes the folder. A pid counts only while its command line names the folder: pids are used again.
+_GUARDIAN = """
+cat >/dev/null
+pid=$(head -n 1 "$1/data/postmaster.pid" 2>/dev/null)
+if [ -n "$pid" ] && tr '\\0' ' ' <"/proc/$pid/cmdline" 2>/dev/null | grep -qF "$1/data"; then
+    kill -QUIT "$pid"
+    while [ -e "/proc/$pid" ]; do sleep 0.1; done
+fi
+rm -rf "$1"
+"""
+_OLD_ONES_LIVE = "pre-existing shared memory block"
+"""What a postmaster says, and ends, while backends of a killed one have not ended yet."""
 _CUT_OTHERS = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
                  WHERE datname = %(name)s AND pid <> pg_backend_pid()"""
 
@@ -46,7 +59,8 @@ _CUT_OTHERS = """SELECT pg_terminate_backend(pid) FROM pg_stat_activity
 class PostgresServer:
     """A server that may be stopped, killed and started again; its data and its port stay.
 
-    Everything lies in one folder, which close() removes.
+    Everything lies in one folder, which close() removes. When this process dies without close(), a guardian
+    process does both.
     """
 
     def __init__(self) -> None:
@@ -58,6 +72,12 @@ class PostgresServer:
         if self._uid is not None:
             os.chown(self._folder, self._uid, -1)
             self._bin = self._reachable(self._bin)
+        self._guardian = subprocess.Popen(
+            ["/bin/sh", "-c", _GUARDIAN, "guardian", str(self._folder)],
+            stdin=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
 
     @property
     def log(self) -> Path:
@@ -91,20 +111,22 @@ class PostgresServer:
         command = [str(self._bin / "postgres"), "-D", str(data), "-p", str(self.port)]
         for name, value in _SETTINGS.items():
             command += ["-c", f"{name}={value}"]
-        with self.log.open("ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, **self._start_options())
         deadline = time.monotonic() + START_TIMEOUT_S
+        self._launch(command)
         while True:
             try:
                 self._connect().close()
                 return
             except psycopg.OperationalError as error:
-                if self._process.poll() is None and time.monotonic() < deadline:
+                said = self.log.read_text(errors="replace")
+                has_ended = self._process is None or self._process.poll() is not None
+                if time.monotonic() < deadline and (not has_ended or _OLD_ONES_LIVE in said):
                     time.sleep(0.02)
+                    if has_ended:
+                        self._launch(command)
                     continue
                 self.kill()
-                said = self.log.read_text(errors="replace")[-2000:]
-                raise RuntimeError(f"PostgreSQL did not start: {error}\n{said}") from error
+                raise RuntimeError(f"PostgreSQL did not start: {error}\n{said[-2000:]}") from error
 
     def stop(self) -> None:
         """End it in order: open transactions are rolled back, connections closed, all data written."""
@@ -120,18 +142,28 @@ class PostgresServer:
 
     def kill(self) -> None:
         """End it and all its processes with SIGKILL, as a lost machine would."""
-        if self._process is None:
+        if self._process is None or self._process.poll() is not None:  # others may kill it too
+            self._process = None
             return
-        for pid in self.pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        found = [refer_to(self.pid)]
+        for pid in self.pids[1:]:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it has just ended by itself
+                found.append(refer_to(pid))
+        for one in found:
+            if process := one.process():
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
         self._process.wait()
         self._process = None
+        while any(one.process() for one in found):  # a new postmaster does not start beside old backends
+            time.sleep(0.01)
 
     def close(self) -> None:
         """End it and remove its folder."""
         self.kill()
-        shutil.rmtree(self._folder)
+        self._guardian.communicate()  # it finds the server gone, and removes the folder
+        if self._folder.exists():
+            raise RuntimeError(f"{self._folder} could not be removed")
 
     @contextlib.contextmanager
     def away(self) -> Iterator[None]:
@@ -171,6 +203,10 @@ class PostgresServer:
             connection.execute(_CUT_OTHERS, {"name": database})
             connection.execute("SET session_replication_role = replica")  # no foreign keys, no triggers
             connection.execute(sql.SQL("; ").join(statements))
+
+    def _launch(self, command: Sequence[str]) -> None:
+        with self.log.open("wb") as log:
+            self._process = subprocess.Popen(command, stdout=log, stderr=log, **self._start_options())
 
     def _do(self, statement: str, *names: str) -> None:
         with self._connect() as connection:
