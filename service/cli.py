@@ -142,7 +142,9 @@ def api(
     from service.bootstrap import serve_api
 
     given = {"host": host, "port": port}
-    serve_api(Settings.model_validate({name: value for name, value in given.items() if value is not None}))
+    settings = Settings.model_validate({name: value for name, value in given.items() if value is not None})
+    with db_commands.clear_errors():
+        serve_api(settings)
 
 
 @app.command(rich_help_panel=SERVICE)
@@ -154,7 +156,8 @@ def reconciler() -> None:
     """
     from service.bootstrap import run_reconciler
 
-    run_reconciler(Settings())
+    with db_commands.clear_errors():
+        run_reconciler(Settings())
 
 
 @app.command(rich_help_panel=SERVICE)

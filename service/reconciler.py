@@ -13,11 +13,11 @@ import uuid
 from collections import Counter
 from datetime import timedelta
 
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.orm import Session
 
 from service.adapters.storage import Storage
+from service.db.engines import is_away
 from service.db.session import Sessions
 from service.db.tables import Run, utc_now
 from service.errors import ServiceError
@@ -30,7 +30,6 @@ from service.jobs.runner import JobRunner, RunnerUnreachable
 from service.jobs.states import AT_WORK_RUN_STATES, STOPPING_RUN_STATES, Reason, RunState
 from service.settings import Settings
 
-DATABASE_AWAY = (OperationalError, InterfaceError, PoolTimeout)
 logger = logging.getLogger(__name__)
 
 
@@ -73,12 +72,19 @@ class Reconciler:
             self._awake.clear()
             try:
                 self.tick()
-            except (LeaseLost, *DATABASE_AWAY) as error:  # another took over, or the database is away
-                self._warn("the reconciler", str(error).splitlines()[0])
-            except Exception:
-                logger.exception("the reconciler's tick failed; the next one tries again")
+            except LeaseLost as error:
+                self._lease = None
+                self._warn("the reconciler", str(error))
+            except Exception as error:
+                if isinstance(error, SQLAlchemyError) and is_away(error):
+                    self._warn("the reconciler", f"the database does not answer: {_first_line(error)}")
+                else:
+                    logger.exception("the reconciler's tick failed; the next one tries again")
             self._awake.wait(self._settings.poll_interval_s)
-        self._release()
+        try:
+            self._release()
+        except SQLAlchemyError as error:
+            logger.warning("the lease could not be given back, it expires by itself: %s", _first_line(error))
 
     def tick(self) -> bool:
         """Look at everything once; False while another process holds the lease.
@@ -136,11 +142,13 @@ class Reconciler:
                 return
             if odd is not None:
                 self._warn(run_id, odd)
-        except (LeaseLost, *DATABASE_AWAY):
+        except LeaseLost:
             raise
         except (RunnerUnreachable, OSError) as error:
             self._warn(run_id, f"state unknown: {error}")
-        except Exception:
+        except Exception as error:
+            if isinstance(error, SQLAlchemyError) and is_away(error):
+                raise
             logger.exception("run %s could not be looked at; the next tick tries again", run_id)
 
     def _warn(self, subject: str, text: str) -> None:
@@ -182,6 +190,10 @@ class Reconciler:
         for run_id in late:
             with parts.sessions.write() as session:
                 _give_up(session, repository.lock_run(session, run_id))
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
 
 
 def _give_up(session: Session, run: Run) -> None:

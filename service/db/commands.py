@@ -19,7 +19,7 @@ out = Console(highlight=False)
 @app.command()
 def current() -> None:
     """Show which revision the database has, and which this version needs."""
-    with _clear_errors() as (admin, url):
+    with _administration() as (admin, url):
         found = admin.current(url)
         out.print(f"the database has revision {found.current}; this version needs {found.newest}")
 
@@ -29,7 +29,7 @@ def upgrade(
     revision: Annotated[str, typer.Argument(help="Revision to go up to; head is the newest.")] = "head",
 ) -> None:
     """Go up to a revision. `clpeft up` and `clpeft api` do this by themselves when they start."""
-    with _clear_errors() as (admin, url):
+    with _administration() as (admin, url):
         out.print(f"the database has revision {admin.upgrade(url, revision).current}")
 
 
@@ -41,23 +41,32 @@ def downgrade(
     """Go down to a revision, for an older version of the service. What only later ones hold is lost."""
     if not yes:
         typer.confirm(f"Go down to {revision} and lose what only later revisions hold?", abort=True)
-    with _clear_errors() as (admin, url):
+    with _administration() as (admin, url):
         out.print(f"the database has revision {admin.downgrade(url, revision).current}")
 
 
 @contextmanager
-def _clear_errors() -> Iterator[tuple[ModuleType, str]]:
-    """Give the functions and the database's URL; what goes wrong is one text on stderr and exit code 1."""
+def clear_errors() -> Iterator[None]:
+    """Make what is wrong with the database one text on stderr and exit code 1."""
     from sqlalchemy.exc import OperationalError
 
-    from service.db import admin
+    from service.db.admin import SchemaError
     from service.db.engines import DatabaseUrlError
 
     try:
-        yield admin, Settings().database_url
-    except (admin.SchemaError, DatabaseUrlError) as error:
+        yield
+    except (SchemaError, DatabaseUrlError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(1) from error
     except OperationalError as error:
         typer.echo(f"error: the database does not answer: {error.orig}", err=True)
         raise typer.Exit(1) from error
+
+
+@contextmanager
+def _administration() -> Iterator[tuple[ModuleType, str]]:
+    """Give the functions and the database's URL."""
+    from service.db import admin
+
+    with clear_errors():
+        yield admin, Settings().database_url

@@ -167,7 +167,8 @@ def test_documented_defaults_are_the_settings_defaults() -> None:
     documented = {name.lower(): default for name, default in rows}
     for name, field in Settings.model_fields.items():
         if field.default and isinstance(field.default, str | int | float):
-            assert documented[name] == str(field.default)
+            expected = str(field.default)
+            assert documented[name] == (expected.lower() if isinstance(field.default, bool) else expected)
 
 
 def test_the_control_plane_finds_the_ray_head_by_its_service_name() -> None:

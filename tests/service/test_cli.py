@@ -19,12 +19,11 @@ ROWS = '{"prompt": "q1", "completion": " a"}\n{"prompt": "q2", "completion": " b
 
 
 def clpeft(
-    *arguments: str, home: Path, url: str = "", stdin: str = "", port: str = ""
+    *arguments: str, home: Path, url: str = "", stdin: str = "", **settings: str
 ) -> subprocess.CompletedProcess[str]:
     variables = {name: value for name, value in os.environ.items() if not name.startswith("CLPEFT_")}
     variables |= {"CLPEFT_HOME": str(home), "COLUMNS": "120", "NO_COLOR": "1"}
-    if port:
-        variables["CLPEFT_PORT"] = port
+    variables |= {f"CLPEFT_{name.upper()}": value for name, value in settings.items()}
     if url:
         variables["CLPEFT_URL"] = url
     return subprocess.run(
@@ -307,3 +306,21 @@ def test_db_shows_and_changes_the_schema_and_names_an_unknown_revision(tmp_path:
     assert db("downgrade", "0001", "--yes") == "0 the database has revision 0001\n"
     assert db("upgrade", "no-such").startswith("1 error: ")
     assert "no-such" in db("upgrade", "no-such")
+
+
+@pytest.mark.parametrize("command", ["api", "reconciler"])
+@pytest.mark.parametrize(
+    ("url", "said"),
+    [
+        ("mysql://a:secret@b/c", "begins with mysql://; allowed: sqlite://, postgresql://"),
+        ("postgresql://a:secret@127.0.0.1:1/c", "the database does not answer: "),
+    ],
+)
+def test_a_process_that_cannot_use_its_database_says_why_in_one_text(
+    tmp_path: Path, command: str, url: str, said: str
+) -> None:
+    done = clpeft(command, home=tmp_path, database_url=url)
+    assert (done.returncode, done.stderr[:7]) == (1, "error: ")
+    assert said in done.stderr
+    assert "secret" not in done.stderr
+    assert "Traceback" not in done.stderr

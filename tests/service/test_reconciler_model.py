@@ -10,6 +10,7 @@ import logging
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TypeVar
 
@@ -21,7 +22,7 @@ from sqlalchemy import event, select
 from sqlalchemy.exc import OperationalError
 
 from service.db import tables
-from service.db.session import open_database
+from service.db.session import Sessions, open_database
 from service.db.tables import Attempt, Dataset, Job, Run
 from service.errors import Conflict
 from service.jobs import repository
@@ -76,7 +77,8 @@ class World(RuleBasedStateMachine):
         self.patch.setattr(tables, "datetime", self.clock)
         shutil.copy(empty_database, self.folder / "clpeft.db")
         self.settings = Settings(home=self.folder, max_attempts=3, stop_grace_s=20.0)
-        self.sessions = open_database(self.settings.database_url)
+        # All in this story share one thread, but stand for processes, so they do not queue as threads do.
+        self.sessions = Sessions(open_database(self.settings.database_url).engine, turn=nullcontext())
         event.listen(self.sessions.engine, "engine_connect", lambda _: self.interrupt("database"))
         self.storage = WatchedStorage(self.settings.storage_url)
         self.storage.interrupt = self.interrupt
