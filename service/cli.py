@@ -310,6 +310,24 @@ def report(
 
 
 @app.command(rich_help_panel=JOBS)
+def logs(
+    job: Annotated[str, typer.Argument(metavar="JOB")],
+    process: Annotated[
+        str | None, typer.Option(help="Process, such as worker-0-1234; default the driver.")
+    ] = None,
+    attempt: Annotated[int | None, typer.Option(min=1, help="Attempt; default the newest.")] = None,
+    run: Annotated[str | None, typer.Option(help="Id of a run; default the newest.")] = None,
+) -> None:
+    """Print what a job's processes printed, also when the cluster is gone."""
+    with connect() as client:
+        text, processes = client.logs(job, run=run, attempt=attempt, process=process)
+    sys.stdout.write(text)
+    if others := [name for name in processes if name != (process or "driver")]:
+        sys.stdout.flush()
+        typer.echo(f"more with --process: {', '.join(others)}", err=True)
+
+
+@app.command(rich_help_panel=JOBS)
 def cancel(job: Annotated[str, typer.Argument(metavar="JOB")]) -> None:
     """Stop a job at its next step; finished tasks stay."""
     with connect() as client:

@@ -135,6 +135,18 @@ class Client:
         params = {"format": format, **({"baseline": baseline} if baseline else {})}
         return self._request("GET", f"/v1/jobs/{_part(job_id)}/report", params=params).text
 
+    def logs(
+        self, job_id: str, *, run: str | None = None, attempt: int | None = None, process: str | None = None
+    ) -> tuple[str, list[str]]:
+        """Return what a process printed, and the names of all processes of that attempt.
+
+        By default the driver of the newest attempt.
+        """
+        wanted = {"run": run, "attempt": attempt, "process": process}
+        params = {name: value for name, value in wanted.items() if value is not None}
+        answer = self._request("GET", f"/v1/jobs/{_part(job_id)}/logs", params=params)
+        return answer.text, [name for name in answer.headers.get("X-Log-Processes", "").split(", ") if name]
+
     def events(self, job_id: str, *, after: int = 0) -> Iterator[JobEvent]:
         """Follow a job until its terminal event. A cut connection is taken up where it broke."""
         last = after

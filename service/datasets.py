@@ -27,6 +27,19 @@ _BOM = b"\xef\xbb\xbf"
 _ROLES = ("system", "user", "assistant", "tool")
 
 
+@dataclass(frozen=True)
+class UploadLimit:
+    """How many bytes an upload may have, and why not more."""
+
+    num_bytes: int
+    reason: str
+    code: str = "upload_too_large"
+
+    def exceeded(self, found: str) -> TooLarge:
+        """Return the refusal of an upload of so many bytes."""
+        return TooLarge(f"the upload has {found} bytes; {self.reason}", code=self.code)
+
+
 class RowError(ValueError):
     """One row cannot be used."""
 
@@ -156,16 +169,16 @@ async def store_rows(
     *,
     storage: Storage,
     dataset_id: str,
-    max_upload_bytes: int,
+    limit: UploadLimit,
     max_row_bytes: int,
 ) -> StoredRows:
     """Read an upload to its end and store its rows.
 
-    Raises TooLarge over max_upload_bytes, Invalid with up to 100 errors that name their lines, StorageError.
+    Raises TooLarge over the limit, Invalid with up to 100 errors that name their lines, StorageError.
     """
     async with _in_thread(storage.open_new(dataset_key(dataset_id))) as file:
         reader = RowReader(max_row_bytes, file.write)
-        await _read_all(pieces, reader, max_upload_bytes)
+        await _read_all(pieces, reader, limit)
         if reader.errors:
             count = f"{len(reader.errors)} or more rows" if reader.is_full else f"{len(reader.errors)} errors"
             more = f" ({count})" if len(reader.errors) > 1 else ""
@@ -192,13 +205,13 @@ async def _in_thread(manager: AbstractContextManager[T]) -> AsyncIterator[T]:
     await run_sync(manager.__exit__, None, None, None)
 
 
-async def _read_all(pieces: AsyncIterator[bytes], reader: RowReader, max_upload_bytes: int) -> None:
+async def _read_all(pieces: AsyncIterator[bytes], reader: RowReader, limit: UploadLimit) -> None:
     num_bytes = 0
     async for piece in pieces:
         num_bytes += len(piece)
-        if num_bytes > max_upload_bytes:
+        if num_bytes > limit.num_bytes:
             await drain(pieces)
-            raise TooLarge(f"the upload has more than {max_upload_bytes} bytes", code="upload_too_large")
+            raise limit.exceeded(f"more than {limit.num_bytes}")
         if reader.is_full:
             await drain(pieces)
             return

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 import uuid
 from collections import Counter
 from datetime import timedelta
@@ -30,6 +31,7 @@ from service.jobs.runner import JobRunner, RunnerUnreachable
 from service.jobs.states import AT_WORK_RUN_STATES, STOPPING_RUN_STATES, Reason, RunState
 from service.settings import Settings
 
+CLEAN_UPLOADS_EVERY_S = 3600.0
 logger = logging.getLogger(__name__)
 
 
@@ -49,6 +51,7 @@ class Reconciler:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._last_warning: tuple[str, str] | None = None
+        self._next_clean_up = 0.0
 
     def start(self) -> None:
         """Start the thread."""
@@ -104,7 +107,7 @@ class Reconciler:
             self._guard(parts, run_id)
         for run_id in self._start_waiting(parts):
             self._guard(parts, run_id)
-        clean.clean_ended_runs(parts.sessions, parts.storage, keep_s=self._settings.keep_files_s)
+        self._clean(parts)
         return True
 
     # ------------------------------------------------------------------------------------------------- lease
@@ -156,6 +159,16 @@ class Reconciler:
         if self._last_warning != (subject, text):
             self._last_warning = (subject, text)
             logger.warning("%s: %s", subject, text)
+
+    def _clean(self, parts: Parts) -> None:
+        """Remove files that nobody needs. A store that is away is asked again at another tick."""
+        try:
+            clean.clean_ended_runs(parts.sessions, parts.storage, keep_s=self._settings.keep_files_s)
+            if time.monotonic() >= self._next_clean_up:
+                clean.clean_broken_uploads(parts.sessions, parts.storage)
+                self._next_clean_up = time.monotonic() + CLEAN_UPLOADS_EVERY_S
+        except OSError as error:
+            self._warn("unneeded files", f"could not be removed: {error}")
 
     def _start_waiting(self, parts: Parts) -> list[str]:
         """Give free places to waiting runs; returns the runs that begin an attempt."""

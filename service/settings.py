@@ -40,6 +40,8 @@ class Settings(BaseSettings):
     """Attempts without a newly committed task before a run fails."""
     capacity_wait_s: float = Field(5.0, ge=0)
     """How long a run waits for a cluster that is too small to grow before it fails with no_capacity."""
+    worker_silence_s: float = Field(120.0, ge=5)
+    """How long a training worker may say nothing, frozen or cut off, before its group is started anew."""
     poll_interval_s: float = Field(1.0, gt=0)
     reconcile: bool = True
     """Run the reconciler inside the API's process; False where `clpeft reconciler` runs beside it."""
@@ -49,6 +51,8 @@ class Settings(BaseSettings):
     """How long a paused, cancelled or late run may go on until Ray is told to end its processes."""
     keep_files_s: float = Field(3600.0, ge=0)
     """How long files that no version needs are kept after a run has ended."""
+    owner_quota_bytes: int = Field(0, ge=0)
+    """How much each owner may keep in storage, data sets and versions together; 0 is no limit."""
     owner_header: str = ""
     """HTTP header in which a proxy that you trust names the caller, such as X-Forwarded-User; places are
     shared fairly between owners. Empty: everything belongs to one owner."""

@@ -190,6 +190,7 @@ def commit(session: Session, job: Job, task: Task, stored: StoredManifest, *, al
             task_dir=stored.task_dir,
             manifest=json.loads(manifest.model_dump_json()),
             manifest_sha256=stored.sha256,
+            bytes=sum(file.bytes for file in manifest.files.values()),
         )
     )
     task.state, task.version = TaskState.COMMITTED, version

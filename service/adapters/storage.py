@@ -210,6 +210,17 @@ class Storage:
         with suppress(FileNotFoundError):
             self._read(key, lambda path: self.fs.rm(path, recursive=True), "delete")
 
+    def delete_unfinished(self, key: str) -> None:
+        """Remove what writers that were killed left under a key.
+
+        Only for a local folder: an object store keeps unfinished uploads out of sight and ends them by a
+        lifecycle rule.
+        """
+        if self.is_local:
+            for path in self._read(key, self.fs.find):
+                if path.endswith(".tmp"):
+                    self.delete(path[len(self.root.rstrip("/")) + 1 :])
+
 
 def _reopen(url: str, patience_s: float) -> Storage:
     return Storage(url, patience_s=patience_s)

@@ -10,14 +10,16 @@ from fastapi import APIRouter, Query, Request
 from sqlalchemy import or_, select
 
 from service.adapters.storage import outputs_key
-from service.api.deps import ReadSession, SessionsDep, SettingsDep, StorageDep
+from service.api.deps import OwnerDep, ReadSession, SessionsDep, SettingsDep, StorageDep
 from service.api.views import DatasetView, Page
-from service.datasets import drain, store_rows
+from service.datasets import UploadLimit, drain, store_rows
 from service.db.session import Sessions
 from service.db.tables import Dataset, Job, Task
 from service.errors import Conflict, TooLarge, WrongType
 from service.ids import new_id
+from service.jobs.quota import bytes_left
 from service.jobs.repository import get_dataset
+from service.settings import Settings
 from service.specs import Name
 
 logger = logging.getLogger(__name__)
@@ -27,7 +29,12 @@ router = APIRouter(prefix="/v1/datasets", tags=["datasets"])
 
 @router.post("", status_code=201)
 async def upload(
-    request: Request, name: Name, settings: SettingsDep, sessions: SessionsDep, storage: StorageDep
+    request: Request,
+    name: Name,
+    settings: SettingsDep,
+    sessions: SessionsDep,
+    storage: StorageDep,
+    owner: OwnerDep,
 ) -> DatasetView:
     """Store JSON lines: {"prompt", "completion"} or {"messages"} per line, one format per data set."""
     pieces = request.stream()
@@ -35,19 +42,21 @@ async def upload(
     if media_type not in MEDIA_TYPES:
         await drain(pieces)
         raise WrongType(f"Content-Type {media_type!r} is not read; send one of {', '.join(MEDIA_TYPES)}")
-    declared = request.headers.get("content-length", "0")
-    if declared.isdigit() and int(declared) > settings.max_upload_bytes:
+    try:
+        limit = await run_sync(_limit, sessions, settings, owner)
+    except TooLarge:
         await drain(pieces)
-        raise TooLarge(
-            f"the upload has {declared} bytes; at most {settings.max_upload_bytes} are taken",
-            code="upload_too_large",
-        )
+        raise
+    declared = request.headers.get("content-length", "0")
+    if declared.isdigit() and int(declared) > limit.num_bytes:
+        await drain(pieces)
+        raise limit.exceeded(declared)
     dataset_id = new_id("ds")
     stored = await store_rows(
         pieces,
         storage=storage,
         dataset_id=dataset_id,
-        max_upload_bytes=settings.max_upload_bytes,
+        limit=limit,
         max_row_bytes=settings.max_row_bytes,
     )
     row = Dataset(
@@ -58,6 +67,7 @@ async def upload(
         bytes=stored.bytes,
         sha256=stored.sha256,
         statistics=stored.statistics,
+        owner=owner,
     )
     try:
         await run_sync(_add, sessions, row)
@@ -107,6 +117,18 @@ def delete_dataset(dataset_id: str, sessions: SessionsDep, storage: StorageDep) 
         session.delete(row)
     storage.delete(f"datasets/{dataset_id}")
     storage.delete(outputs_key(dataset_id))
+
+
+def _limit(sessions: Sessions, settings: Settings, owner: str) -> UploadLimit:
+    """Return how large an upload may be. Raises TooLarge when the owner's quota is used up."""
+    most = settings.max_upload_bytes
+    limit = UploadLimit(most, f"at most {most} are taken")
+    if settings.owner_quota_bytes:
+        with sessions.read() as session:
+            left = bytes_left(session, owner, settings.owner_quota_bytes)
+        if left < most:
+            limit = UploadLimit(left, f"the quota of {owner!r} leaves {left}", "quota_exceeded")
+    return limit
 
 
 def _add(sessions: Sessions, row: Dataset) -> None:

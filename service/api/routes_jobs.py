@@ -27,6 +27,7 @@ from service.basemodels import find_base_model
 from service.db.tables import Dataset, Job
 from service.errors import Invalid, NotFound, Problem, Unavailable
 from service.jobs import repository
+from service.jobs.quota import check_quota
 from service.jobs.runner import RunnerUnreachable
 from service.jobs.states import RunState
 from service.planner import KnownDataset, check_training, plan_tasks, resolve_strategies
@@ -74,6 +75,7 @@ def submit(
     """Submit a job; its first run starts when the cluster has a place for it."""
     spec, path = _resolve(spec, settings)
     with sessions.write() as session:
+        check_quota(session, owner, settings.owner_quota_bytes)
         planned = _plan(session, spec.tasks, spec)
         new = repository.create_job(session, spec, planned, base_model_path=path, owner=owner)
     reconciler.wake()
@@ -112,13 +114,18 @@ def show(job_id: str, session: ReadSession) -> JobView:
 
 @router.post("/jobs/{job_id}/tasks", status_code=201)
 def append(
-    job_id: str, body: Annotated[dict[str, Any], Body()], sessions: SessionsDep, reconciler: ReconcilerDep
+    job_id: str,
+    body: Annotated[dict[str, Any], Body()],
+    settings: SettingsDep,
+    sessions: SessionsDep,
+    reconciler: ReconcilerDep,
 ) -> JobView:
     """Append one task, or {"tasks": [...]}: a new run continues from the newest version."""
     tasks, is_list = _read_tasks(body)
     with sessions.write() as session:
         job = repository.lock_job(session, job_id)
         repository.check_appendable(job)
+        check_quota(session, job.owner, settings.owner_quota_bytes)
         earlier = repository.tasks_of(session, job_id)
         try:
             planned = _plan(

@@ -38,6 +38,7 @@ class DatasetView(View):
     bytes: int
     sha256: str
     statistics: dict[str, Any]
+    owner: str
     created_at: datetime
 
 

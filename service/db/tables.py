@@ -74,7 +74,10 @@ class Dataset(Table):
     """Uploaded rows; the rows themselves are in storage."""
 
     __tablename__ = "datasets"
-    __table_args__ = (Index("ix_datasets_name_id", "name", "id"),)
+    __table_args__ = (
+        Index("ix_datasets_name_id", "name", "id"),
+        Index("ix_datasets_owner_bytes", "owner", "bytes"),
+    )
     id: Mapped[str] = mapped_column(primary_key=True)
     name: Mapped[str]
     format: Mapped[str]
@@ -83,6 +86,8 @@ class Dataset(Table):
     bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str]
     statistics: Mapped[dict[str, Any]]
+    owner: Mapped[str] = mapped_column(default=DEFAULT_OWNER, server_default=DEFAULT_OWNER)
+    """Who uploaded it."""
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 
@@ -92,6 +97,7 @@ class Job(Table):
     __tablename__ = "jobs"
     __table_args__ = (
         Index("ix_jobs_state_id", "state", "id"),
+        Index("ix_jobs_owner", "owner"),
         Index("ix_jobs_base_model_id_num_committed", "base_model_id", "num_committed"),
     )
     id: Mapped[str] = mapped_column(primary_key=True)
@@ -251,6 +257,8 @@ class AdapterVersion(Table):
     task_dir: Mapped[str]
     manifest: Mapped[dict[str, Any]]
     manifest_sha256: Mapped[str]
+    bytes: Mapped[int] = mapped_column(BigInteger, default=0, server_default="0")
+    """Of all its files."""
     created_at: Mapped[datetime] = mapped_column(default=utc_now)
 
 

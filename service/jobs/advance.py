@@ -44,7 +44,14 @@ from service.specs import JobSpec, ParentVersion, PlannedTask
 
 RETRIED_REASONS = frozenset({Reason.WORKER_LOST, Reason.CLUSTER_LOST, Reason.STORAGE_ERROR})
 _DESIRED = {RunState.PAUSING: "paused", RunState.CANCELLING: "cancelled"}
-WORKER_ENV = {"OMP_WAIT_POLICY": "PASSIVE", "TOKENIZERS_PARALLELISM": "false"}
+WORKER_ENV = {
+    "OMP_WAIT_POLICY": "PASSIVE",
+    "TOKENIZERS_PARALLELISM": "false",
+    # Ray Train asks its workers so often whether they live; its default is 2 s
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # how long what is left of a broken group may take to leave it, before it is killed; the default is 30 s
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "3",
+}
 
 
 @dataclass(frozen=True)
@@ -110,6 +117,7 @@ def _submit(parts: Parts, run_id: str, attempt: Attempt) -> None:
     env = {
         "CLPEFT_STORAGE_URL": parts.settings.storage_url,
         "CLPEFT_CAPACITY_WAIT_S": str(parts.settings.capacity_wait_s),
+        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(parts.settings.worker_silence_s),
         **WORKER_ENV,
     }
     try:

@@ -21,8 +21,6 @@ NODE_OPTIONS = (
     "--runtime-env-agent-port",
     "--metrics-export-port",
 )
-WORKER_SILENCE_S = 15
-"""A training worker that says nothing for so long is given up; Ray's default is ten minutes."""
 NODE_SILENCE = {
     "RAY_health_check_initial_delay_ms": "2000",
     "RAY_health_check_period_ms": "1000",
@@ -110,7 +108,6 @@ def _program(
     command += ("--node-ip-address", host.address)
     silence = {
         "RAY_worker_niceness": WORKER_NICENESS,
-        "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": str(WORKER_SILENCE_S),
         **NODE_SILENCE,
     }
     return command_program(

@@ -59,6 +59,7 @@ class Stand:
             ray_token_path=self.cluster.token_path,
             serve_url=f"http://{hosts.serve}:{serve_port}",
             capacity_wait_s=90.0,  # a lost worker node is replaced within that
+            worker_silence_s=15.0,
         )
         self.api_url = f"http://{hosts.control.address}:{api_port}"
         self.client = Client(self.api_url, timeout_s=10.0)

@@ -14,7 +14,7 @@ import httpx
 import pytest
 
 from service.adapters.storage import Storage, dataset_key, outputs_key, plan_key
-from service.datasets import store_rows
+from service.datasets import UploadLimit, store_rows
 from tests.service.control import NDJSON, Service, wait_until
 
 ROW = b'{"prompt": "2+2?", "completion": " 4"}'
@@ -164,7 +164,7 @@ def test_an_upload_is_never_held_in_memory(tmp_path: Path) -> None:
             yield piece
 
     storage = Storage(f"file://{tmp_path}")
-    limits = {"max_upload_bytes": 10**9, "max_row_bytes": 10**6}
+    limits: dict[str, Any] = {"limit": UploadLimit(10**9, "at most 1 GB"), "max_row_bytes": 10**6}
     tracemalloc.start()
     stored = asyncio.run(store_rows(upload(), storage=storage, dataset_id="ds_1", **limits))
     _, peak_bytes = tracemalloc.get_traced_memory()

@@ -13,6 +13,7 @@ from service.adapters.logs import log_processes, log_text
 from service.adapters.storage import Storage, StorageError, logs_key
 from service.workers.log_shipping import SEGMENT_BYTES, LogShipper
 from tests.service.control import Service, wait_until
+from tests.service.test_cli import clpeft
 
 HUGE = "x" * (2 * SEGMENT_BYTES + 100)
 PROGRAM = """
@@ -167,3 +168,16 @@ def test_stored_logs_are_served_when_the_cluster_is_gone(service: Service) -> No
     assert "it has: driver, worker-0-12" in absent.json()["detail"]
     assert service.client.get(path, params={"attempt": 2}).status_code == 404
     assert service.client.get(path, params={"run": "run_other"}).status_code == 404
+
+
+def test_the_command_prints_a_log_and_names_the_other_processes(service: Service, tmp_path: Path) -> None:
+    job = service.submit("one")
+    service.reconciler.tick()
+    folder = logs_key(job["runs"][0]["id"], 1)
+    service.storage.write_bytes(f"{folder}/driver/{0:012d}.log", b"first\n")
+    service.storage.write_bytes(f"{folder}/worker-0-12/{0:012d}.log", b"of the worker\n")
+    shown = clpeft("logs", job["id"], home=tmp_path, url=str(service.client.base_url))
+    assert (shown.stdout, shown.stderr) == ("first\n", "more with --process: worker-0-12\n")
+    other = clpeft("logs", job["id"], "--process", "x", home=tmp_path, url=str(service.client.base_url))
+    assert other.returncode == 1
+    assert "no log of 'x'; it has: driver, worker-0-12" in other.stderr

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import threading
+import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import DatabaseError
 
+from service import ids
+from service.ids import new_id
 from service.jobs import repository
 from service.jobs.events import add_event, events_after
 from tests.service.control import Service, write_events, write_outcome, write_task
@@ -55,10 +59,54 @@ def test_owners_come_from_the_header_of_a_trusted_proxy_and_share_the_places(ser
     object.__setattr__(service.settings, "max_concurrent_runs", 2)
     service.reconciler.tick()
     assert service.runner.submitted == [f"{run_id(alices[1])}-a1", f"{run_id(bobs)}-a1"]
+    body = service.job_body("one", name="nobody")
+    assert {row["owner"] for row in service.client.get("/v1/datasets").json()["data"]} == {"alice", "bob"}
     del service.client.headers["X-Forwarded-User"]
-    refused = service.client.post("/v1/jobs", json=service.job_body("one", name="nobody"))
-    assert refused.status_code == 422
-    assert "X-Forwarded-User" in refused.json()["detail"]
+    jsonl = {
+        "content": b'{"prompt": "a", "completion": "b"}',
+        "headers": {"Content-Type": "application/jsonl"},
+    }
+    for refused in (
+        service.client.post("/v1/jobs", json=body),
+        service.client.post("/v1/datasets?name=nobodys", **jsonl),
+    ):
+        assert refused.status_code == 422
+        assert "X-Forwarded-User" in refused.json()["detail"]
+
+
+def test_an_owner_over_the_quota_is_told_so_and_a_run_that_has_begun_goes_on(service: Service) -> None:
+    job = service.submit("one", "two")
+    service.reconciler.tick()
+    folder = write_task(service.storage, run_id(job), 1, 0)
+    service.reconciler.tick()
+    datasets = service.client.get("/v1/datasets").json()["data"]
+    of_datasets = sum(row["bytes"] for row in datasets)
+    files = service.storage.read_json(f"{folder}/manifest.json")["files"].values()
+    used = of_datasets + sum(file["bytes"] for file in files)
+    assert sum(file["bytes"] for file in files) > 0
+    row = b'{"prompt": "a", "completion": "b"}\n'
+
+    def answer(path: str, quota: int, **request: Any) -> tuple[int, str, str]:
+        object.__setattr__(service.settings, "owner_quota_bytes", quota)
+        got = service.client.post(path, **request)
+        body = got.json()
+        return got.status_code, body.get("code", ""), body.get("detail", "")
+
+    upload = {"content": row * 3, "headers": {"Content-Type": "application/x-ndjson"}}
+    full = (413, "quota_exceeded")
+    found = answer("/v1/datasets?name=more", used + len(row) * 2, **upload)
+    assert found[:2] == full
+    assert f"leaves {len(row) * 2}" in found[2]
+    found = answer("/v1/datasets?name=more", used, **upload)
+    assert found[:2] == full
+    assert f"{of_datasets} bytes of data sets" in found[2]
+    assert answer("/v1/jobs", used, json=service.job_body("one", name="other"))[:2] == full
+    task = {"name": "three", "dataset": datasets[0]["id"]}
+    assert answer(f"/v1/jobs/{job['id']}/tasks", used, json=task)[:2] == full
+    assert answer("/v1/datasets?name=more", used + len(row) * 3, **upload)[0] == 201
+    write_task(service.storage, run_id(job), 1, 1)
+    service.reconciler.tick()
+    assert service.job(job["id"])["state"] == "succeeded"
 
 
 def test_files_that_no_version_needs_go_when_a_run_has_ended(service: Service) -> None:
@@ -71,6 +119,7 @@ def test_files_that_no_version_needs_go_when_a_run_has_ended(service: Service) -
         f"runs/{run}/a1/memory/3/data",
         f"runs/{run}/a1/tasks/1/adapter/half",
         f"runs/{run}/a1/logs/driver/000000000000.log",
+        f"runs/{run}/a1/outcome.json.0a1b.tmp",
     ):
         storage.write_bytes(key, b"x")
     write_outcome(storage, run, 1, "failed", "oom")
@@ -78,11 +127,27 @@ def test_files_that_no_version_needs_go_when_a_run_has_ended(service: Service) -
     assert storage.exists(f"runs/{run}/train")  # not yet: they are kept for a while
     object.__setattr__(service.settings, "keep_files_s", 0.0)
     service.reconciler.tick()
-    names = {name: storage.exists(f"runs/{run}/{name}") for name in ("train", "a1/memory", "a1/tasks/1")}
-    assert names == {"train": False, "a1/memory": False, "a1/tasks/1": False}
+    gone = ("train", "a1/memory", "a1/tasks/1", "a1/outcome.json.0a1b.tmp")
+    assert not any(storage.exists(f"runs/{run}/{name}") for name in gone)
     assert storage.exists(f"{kept}/manifest.json")
     assert storage.exists(f"runs/{run}/a1/logs/driver/000000000000.log")
     assert storage.exists(f"runs/{run}/plan.json")
+
+
+def test_rows_of_uploads_that_were_cut_off_go_after_a_day_and_nothing_else(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = service.upload()
+    storage = service.storage
+    storage.write_bytes("datasets/ours/rows.jsonl", b"not an id of the service")
+    names = {}
+    for hours in (23, 25):
+        now = time.time_ns() - hours * 3600 * 10**9
+        monkeypatch.setattr(ids, "time", SimpleNamespace(time_ns=lambda now=now: now))
+        names[hours] = new_id("ds")
+        storage.write_bytes(f"datasets/{names[hours]}/rows.jsonl.0a1b.tmp", b"half")
+    assert service.reconciler.tick()
+    assert storage.names("datasets") == sorted([kept, names[23], "ours"])
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,8 @@ JSON_VALUE = sa.JSON().with_variant(postgresql.JSONB(), "postgresql")
 TIME = sa.DateTime(timezone=True)
 INDEXES = (
     ("ix_datasets_name_id", "datasets", ["name", "id"]),
+    ("ix_datasets_owner_bytes", "datasets", ["owner", "bytes"]),
+    ("ix_jobs_owner", "jobs", ["owner"]),
     ("ix_jobs_base_model_id_num_committed", "jobs", ["base_model_id", "num_committed"]),
     ("ix_runs_state_deadline_at", "runs", ["state", "deadline_at"]),
     ("ix_runs_cleaned_at_finished_at", "runs", ["cleaned_at", "finished_at"]),
@@ -29,6 +31,9 @@ EVENT_FIELDS = "run_id, attempt, seq, time, type, data"
 def upgrade() -> None:
     """Add columns and tables, number the events anew, protect final rows."""
     op.add_column("jobs", sa.Column("owner", sa.String(255), nullable=False, server_default="default"))
+    op.add_column("datasets", sa.Column("owner", sa.String(255), nullable=False, server_default="default"))
+    op.add_column("adapter_versions", sa.Column("bytes", sa.BigInteger(), nullable=False, server_default="0"))
+    _count_bytes()
     op.add_column("jobs", sa.Column("priority", sa.Integer(), nullable=False, server_default="0"))
     op.add_column("jobs", sa.Column("last_event", sa.Integer(), nullable=False, server_default="0"))
     for name in ("not_before", "deadline_at", "paused_at", "cleaned_at"):
@@ -97,10 +102,29 @@ def downgrade() -> None:
         op.execute(f"ALTER TABLE runs DROP COLUMN {name}")
     for name in ("owner", "priority", "last_event"):
         op.execute(f"ALTER TABLE jobs DROP COLUMN {name}")
+    op.execute("ALTER TABLE datasets DROP COLUMN owner")
+    op.execute("ALTER TABLE adapter_versions DROP COLUMN bytes")
 
 
 def _is_postgres() -> bool:
     return op.get_bind().dialect.name == "postgresql"
+
+
+def _count_bytes() -> None:
+    """Fill in how large each version's files are."""
+    versions = sa.table(
+        "adapter_versions",
+        *(sa.column(name, type_) for name, type_ in (("adapter", sa.String), ("version", sa.Integer))),
+        sa.column("manifest", JSON_VALUE),
+        sa.column("bytes", sa.BigInteger),
+    )
+    connection = op.get_bind()
+    for row in connection.execute(
+        sa.select(versions.c.adapter, versions.c.version, versions.c.manifest)
+    ).all():
+        num_bytes = sum(file["bytes"] for file in row.manifest.get("files", {}).values())
+        this = (versions.c.adapter == row.adapter) & (versions.c.version == row.version)
+        connection.execute(versions.update().where(this).values(bytes=num_bytes))
 
 
 def _rebuild_events(*columns: sa.Column[object], key: tuple[str, ...], number: str) -> None:
