@@ -191,7 +191,7 @@ def scalars_table(matrices: Mapping[str, Mapping[str, Any]]) -> Table:
 
 def _with_interval(matrix: Mapping[str, Any], key: str) -> str:
     interval = matrix.get("intervals_95", {}).get(key)
-    return _score(matrix.get(key)) + (f" [{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+    return _score(matrix.get(key)) + (f"\n[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
 
 
 def _score(value: float | None) -> str:

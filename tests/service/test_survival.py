@@ -79,6 +79,7 @@ def test_an_owner_over_the_quota_is_told_so_and_a_run_that_has_begun_goes_on(ser
     service.reconciler.tick()
     folder = write_task(service.storage, run_id(job), 1, 0)
     service.reconciler.tick()
+    other = service.job_body("one", name="other")
     datasets = service.client.get("/v1/datasets").json()["data"]
     of_datasets = sum(row["bytes"] for row in datasets)
     files = service.storage.read_json(f"{folder}/manifest.json")["files"].values()
@@ -100,7 +101,7 @@ def test_an_owner_over_the_quota_is_told_so_and_a_run_that_has_begun_goes_on(ser
     found = answer("/v1/datasets?name=more", used, **upload)
     assert found[:2] == full
     assert f"{of_datasets} bytes of data sets" in found[2]
-    assert answer("/v1/jobs", used, json=service.job_body("one", name="other"))[:2] == full
+    assert answer("/v1/jobs", used, json=other)[:2] == full
     task = {"name": "three", "dataset": datasets[0]["id"]}
     assert answer(f"/v1/jobs/{job['id']}/tasks", used, json=task)[:2] == full
     assert answer("/v1/datasets?name=more", used + len(row) * 3, **upload)[0] == 201
