@@ -128,9 +128,16 @@ def _train(storage: Storage, run_id: str, attempt: int) -> Outcome:
     try:
         trainer.fit()
     except TrainingFailedError as error:
+        # what the workers said of their end counts more than that Ray could not start them again
+        if storage.exists(worker_outcome_key(run_id, attempt)):
+            return _worker_outcome(storage, run_id, attempt)
         return _failure(error)
     finally:
         ray.kill(memory)
+    return _worker_outcome(storage, run_id, attempt)
+
+
+def _worker_outcome(storage: Storage, run_id: str, attempt: int) -> Outcome:
     outcome: Outcome = storage.read_json(worker_outcome_key(run_id, attempt))
     return outcome
 

@@ -63,8 +63,9 @@ def _play(runs: Sequence[tuple[Case, ...]], hosts: Hosts | None, results: Result
     with Stands(hosts, board, logs=results.logs) as stands:
         for number, run in enumerate(queue):
             played = stands.play(run, f"{run[0].action}-{number}")
-            if len(run) > 1 and any(result.problems for result in played):
-                board.say(f"{run[0].id} and its run fail together; now each alone")
+            problems = [problem for result in played for problem in result.problems]
+            if len(run) > 1 and problems:
+                board.say(f"{run[0].id} and its run fail together; now each alone: {problems[0]}")
                 played = [
                     result
                     for case in run
