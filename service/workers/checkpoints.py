@@ -31,13 +31,12 @@ class Checkpoints:
     def read(self, start_checkpoint: str | None) -> dict[str, Any] | None:
         """Read this attempt's newest checkpoint, else the one that the attempt started from."""
         own = ray.train.get_checkpoint()
-        if own is not None:
-            with own.as_directory() as folder:
-                return load_state(Path(folder), "training", generation=self._plan.generation)
-        if start_checkpoint is None:
+        # the path is a storage key (ray_storage.py); Ray's own as_directory() leaves a lock file behind
+        key = start_checkpoint if own is None else own.path.strip("/")
+        if key is None:
             return None
         with tempfile.TemporaryDirectory() as folder:
-            self._storage.get_folder(start_checkpoint, folder)
+            self._storage.get_folder(key, folder)
             return load_state(Path(folder), "training", generation=self._plan.generation)
 
     def report_training(

@@ -18,7 +18,6 @@ LEAK_TIMEOUT_S = 45.0
 """Seconds that what a job held is given to go."""
 KEPT_ACTORS = ("ServeController", "ServeReplica", "ProxyActor", "_AutoscalingCoordinatorActor")
 """Serve, and an actor that Ray Train starts once per cluster."""
-RAY_LOCKS = "_ray_lockfiles"
 
 
 def version_digests(stand: Stand, adapter: str) -> dict[int, str]:
@@ -135,13 +134,10 @@ def _cpus(stand: Stand) -> list[str]:
 
 
 def _files(stand: Stand) -> list[str]:
-    """Temporary files. Of Ray's own stay its dashboard's folder pymp-* and an empty one for locks."""
-    found = [path for folder in (stand.root / "tmp").iterdir() for path in folder.iterdir()]
-    found += [path for folder in found if folder.name == RAY_LOCKS for path in folder.iterdir()]
+    """Temporary files. Ray keeps its session's files elsewhere; its dashboard keeps a folder pymp-* here."""
+    found = (path for folder in (stand.root / "tmp").iterdir() for path in folder.iterdir())
     return sorted(
-        f"file {path.relative_to(stand.root)}"
-        for path in found
-        if not path.name.startswith("pymp-") and path.name != RAY_LOCKS
+        f"file {path.relative_to(stand.root)}" for path in found if not path.name.startswith("pymp-")
     )
 
 
