@@ -69,6 +69,7 @@ class S3Server:
         ports = [f"-{name}={port}" for name, port in zip(names, self.ports, strict=True)]
         command = [
             str(Path(sys.executable).parent / "weed"),
+            "-logtostderr",  # its default are files in /tmp that stay
             "server",
             f"-dir={self.folder}",
             "-ip=127.0.0.1",
