@@ -51,6 +51,11 @@ class Moment:
     rule: Rule | None = None
     stopped: list[psutil.Process] = field(default_factory=list)
 
+    @property
+    def is_reached(self) -> bool:
+        """Is a request of the job held, or was the one seen that marks the phase?"""
+        return self.rule is not None and self.rule.caught.is_set()
+
     def reach(self, watch: Watch) -> None:
         """Return once the job is in the phase. Raises TimeoutError, RuntimeError."""
         if self.phase == "scheduling":

@@ -71,7 +71,7 @@ def play_run(
                 result.recovery_s = play_cut(stand, case, watch, strike) - strike.at
             else:
                 _hold_on(stand, case, strike)
-                result.recovery_s = recovery(stand, case, watch, strike) - strike.at
+                result.recovery_s = recovery(stand, case, watch, strike, moment) - strike.at
             say(case, f"recovered after {result.recovery_s:.1f} s")
         watch.wait_end(JOB_TIMEOUT_S)
         stand.wait_for(stand.is_whole, "every part")

@@ -14,10 +14,12 @@ from service.client import FINAL_EVENTS
 from tests.chaos.cases import Case
 from tests.chaos.links import CONTROL_CUT_S, heal
 from tests.chaos.parts import processes
+from tests.chaos.phases import Moment
 from tests.chaos.stand import Stand
-from tests.chaos.watch import PROGRESS, Watch
+from tests.chaos.watch import PROGRESS, Seen, Watch
 
 RECOVERY_TIMEOUT_S = 180.0
+LOOK_EVERY_S = 0.5
 
 
 @dataclass(frozen=True)
@@ -34,24 +36,32 @@ class Strike:
     """Whose link is cut."""
 
 
-def recovery(stand: Stand, case: Case, watch: Watch, strike: Strike) -> float:
-    """Wait for the recovery and return its moment. Raises TimeoutError, RuntimeError."""
+def recovery(stand: Stand, case: Case, watch: Watch, strike: Strike, following: Moment) -> float:
+    """Wait for the recovery and return its moment. Raises TimeoutError, RuntimeError.
+
+    following: the next case's moment, armed at the strike; a job that has come there has gone on.
+    """
     if case.part in ("api", "postgres"):
         return _when(stand, lambda: _answers(stand, watch.job_id), f"an answer after {case.id}")
     if case.part == "replica":
         return _when(stand, lambda: processes(stand, "replica") != list(strike.victims), "a new replica")
     if case.action == "stop":
-        return _progress(watch, strike, case)
+        return _progress(watch, strike, case, following)
     if case.part in ("reconciler", "s3"):
         started = _when(
             stand,
             lambda: stand.supervisor.num_starts()[case.part] > strike.num_starts[case.part],
             f"the start of {case.part}",
         )
-        place = watch.wait(lambda seen: seen.at > started, "an event", RECOVERY_TIMEOUT_S, strike.num_seen)
+        place = watch.wait(
+            lambda seen: seen.at > started or seen.event.type in FINAL_EVENTS,
+            "an event",
+            RECOVERY_TIMEOUT_S,
+            strike.num_seen,
+        )
         return watch.seen[place].at
     if case.part == "memory":
-        return max(_progress(watch, strike, case), _memory_back(stand, watch, strike))
+        return max(_progress(watch, strike, case, following), _memory_back(stand, watch, strike))
     return _restarted(watch, strike, case)
 
 
@@ -68,15 +78,22 @@ def _when(stand: Stand, is_true: Callable[[], bool], what: str) -> float:
     return time.monotonic()
 
 
-def _progress(watch: Watch, strike: Strike, case: Case) -> float:
-    """The first progress that happened after the strike."""
-    place = watch.wait(
-        lambda seen: seen.event.type in PROGRESS and _time(seen.event.time) > strike.time,
-        f"progress after {case.id}",
-        RECOVERY_TIMEOUT_S,
-        strike.num_seen,
-    )
-    return watch.seen[place].at
+def _progress(watch: Watch, strike: Strike, case: Case, following: Moment) -> float:
+    """The first progress that happened after the strike, or that the job is held for the next case."""
+
+    def is_wanted(seen: Seen) -> bool:
+        return seen.event.type in PROGRESS and _time(seen.event.time) > strike.time
+
+    deadline = time.monotonic() + RECOVERY_TIMEOUT_S
+    while True:
+        try:
+            place = watch.wait(is_wanted, f"progress after {case.id}", LOOK_EVERY_S, strike.num_seen)
+            return watch.seen[place].at
+        except TimeoutError:
+            if following.is_reached:
+                return time.monotonic()
+            if time.monotonic() > deadline:
+                raise
 
 
 def _restarted(watch: Watch, strike: Strike, case: Case) -> float:
