@@ -14,17 +14,19 @@ from clcore.engine import parallel
 from clcore.engine.params import Params
 from clcore.engine.state import load_state, save_state
 from service.adapters.manifest import CurvePoint
-from service.adapters.storage import Storage
+from service.adapters.storage import Storage, train_key
 from service.memory.client import ActorMemory
 from service.specs import PlannedTask, RunPlan
 from service.workers.progress import checkpoint_name
+from service.workers.ray_storage import ray_filesystem
 
 
 class Checkpoints:
     """Writes one attempt's checkpoints: training state and the memory that it needs, together."""
 
-    def __init__(self, storage: Storage, plan: RunPlan, memory: ActorMemory) -> None:
+    def __init__(self, storage: Storage, plan: RunPlan, attempt: int, memory: ActorMemory) -> None:
         self._storage, self._plan, self._memory = storage, plan, memory
+        self._folder = f"{train_key(plan.run_id)}/a{attempt}"
         own = ray.train.get_checkpoint()
         self._last_name = PurePosixPath(own.path).name if own else None
 
@@ -83,4 +85,15 @@ class Checkpoints:
             self._memory.snapshot(version, Path(folder))
             save_state(Path(folder), "training", state, generation=self._plan.generation)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
-            ray.train.report({}, checkpoint=checkpoint, checkpoint_dir_name=name)
+            ray.train.report(
+                {}, checkpoint=checkpoint, checkpoint_dir_name=name, checkpoint_upload_fn=self._upload
+            )
+
+    def _upload(self, checkpoint: ray.train.Checkpoint, name: str) -> ray.train.Checkpoint:
+        """Store a checkpoint: Ray's own upload, by pyarrow, takes a file that cannot be stored for stored.
+
+        Raises StorageError.
+        """
+        key = f"{self._folder}/{name}"
+        self._storage.put_folder(checkpoint.path, key)
+        return ray.train.Checkpoint(key, ray_filesystem(self._storage))

@@ -99,7 +99,7 @@ class Worker:
         self.storage, self.plan, self.attempt = storage, plan, attempt
         self.memory, self.events, self.board = memory, events, board
         self.stop_sign = StopSign(storage.without_patience(), plan.run_id, attempt)
-        self.checkpoints = Checkpoints(storage, plan, memory)
+        self.checkpoints = Checkpoints(storage, plan, attempt, memory)
         self.loaded: LoadedModel
 
     def run(self, since: Progress, start_checkpoint: str | None) -> None:

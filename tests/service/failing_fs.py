@@ -1,6 +1,7 @@
 """File systems for tests that fail or dawdle, also in processes that only know their URL.
 
-failing:///FOLDER fails every third call, slow:///FOLDER takes its time. fsspec finds them through the entry
+failing:///FOLDER fails every third call, slow:///FOLDER takes its time, narrow:///FOLDER has no space for Ray
+Train's checkpoints. fsspec finds them through the entry
 points of a package on PYTHONPATH, which register() writes.
 """
 
@@ -8,6 +9,8 @@ from __future__ import annotations
 
 import errno
 import itertools
+import os
+import re
 import time
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +20,7 @@ from fsspec.implementations.local import LocalFileOpener, LocalFileSystem
 ENTRY_POINTS = """[fsspec.specs]
 failing = tests.service.failing_fs:FailingFileSystem
 slow = tests.service.failing_fs:SlowFileSystem
+narrow = tests.service.failing_fs:NarrowFileSystem
 """
 DELAY_S = 0.05
 
@@ -40,7 +44,7 @@ class _Object(LocalFileOpener):
             super().close()
             return
         self.is_over = True
-        self.fs.trouble()
+        self.fs.trouble(self.path)
         super().close()
         self.commit()
 
@@ -61,7 +65,7 @@ class _Object(LocalFileOpener):
 class _TroubledFileSystem(LocalFileSystem):
     """A local folder behind calls that are troubled."""
 
-    def trouble(self) -> None:
+    def trouble(self, _path: str = "") -> None:
         raise NotImplementedError
 
     def _open(self, path: str, mode: str = "rb", **_: Any) -> Any:
@@ -97,7 +101,7 @@ class FailingFileSystem(_TroubledFileSystem):
     protocol = "failing"
     _calls: ClassVar[Any] = itertools.count(1)
 
-    def trouble(self) -> None:
+    def trouble(self, _path: str = "") -> None:
         if next(self._calls) % 3 == 0:
             raise OSError(errno.EIO, "the store fails this call")
 
@@ -107,5 +111,15 @@ class SlowFileSystem(_TroubledFileSystem):
 
     protocol = "slow"
 
-    def trouble(self) -> None:
+    def trouble(self, _path: str = "") -> None:
         time.sleep(DELAY_S)
+
+
+class NarrowFileSystem(_TroubledFileSystem):
+    """There is no space for the files of checkpoints."""
+
+    protocol = "narrow"
+
+    def trouble(self, _path: str = "") -> None:
+        if re.search(r"/train/a\d+/task", _path):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

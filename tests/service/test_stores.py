@@ -118,16 +118,21 @@ def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mo
         server: S3Server = request.getfixturevalue("s3_server")
         variables = {**server.environment(), "CLPEFT_STORAGE_URL": f"s3://{BUCKET}/{tmp_path.name}"}
     else:
-        name = {"failing": "FailingFileSystem", "slow": "SlowFileSystem"}[request.param]
-        fsspec.register_implementation(request.param, f"tests.service.failing_fs.{name}", clobber=True)
-        paths = [register(tmp_path / "package"), os.environ.get("PYTHONPATH", "")]
-        variables = {
-            "PYTHONPATH": os.pathsep.join(path for path in paths if path),
-            "CLPEFT_STORAGE_URL": f"{request.param}://{tmp_path}/storage",
-        }
+        variables = troubled(request.param, tmp_path)
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     return variables
+
+
+def troubled(protocol: str, folder: Path) -> dict[str, str]:
+    """Return the variables of a store of tests.service.failing_fs."""
+    name = f"tests.service.failing_fs.{protocol.capitalize()}FileSystem"
+    fsspec.register_implementation(protocol, name, clobber=True)
+    paths = [register(folder / "package"), os.environ.get("PYTHONPATH", "")]
+    return {
+        "PYTHONPATH": os.pathsep.join(path for path in paths if path),
+        "CLPEFT_STORAGE_URL": f"{protocol}://{folder}/storage",
+    }
 
 
 @pytest.mark.ray
@@ -232,6 +237,19 @@ def test_a_full_disk_ends_the_attempt_and_the_next_one_goes_on_when_there_is_spa
     code, outcome = drive(ray_head, storage, {}, attempt=2)
     assert (code, outcome["state"]) == (0, "succeeded")
     assert weights(storage, (1, 2)) == weights(straight)
+
+
+@pytest.mark.ray
+def test_a_checkpoint_that_cannot_be_stored_ends_the_attempt(
+    ray_head: RayHead, model: Path, tmp_path: Path
+) -> None:
+    variables = troubled("narrow", tmp_path)
+    storage = Storage(variables["CLPEFT_STORAGE_URL"])
+    put_run(storage, model)
+    code, outcome = drive(ray_head, storage, variables)
+    assert (code, outcome["state"], outcome["reason"]) == (0, "failed", "storage_error")
+    assert "No space left on device" in outcome["message"]
+    assert not storage.exists(f"{task_key('run_1', 1, 0)}/manifest.json")
 
 
 def _fill(disk: Path) -> None:
