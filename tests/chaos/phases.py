@@ -17,6 +17,7 @@ serving        nothing is held: requests for completions follow each other
 from __future__ import annotations
 
 import signal
+import time
 from dataclasses import dataclass, field
 
 import psutil
@@ -65,8 +66,13 @@ class Moment:
             self.stand.wait_for(
                 lambda: self.stand.client.job(watch.job_id)["state"] == "queued", "the job in the queue"
             )
-        elif self.rule is not None and not self.rule.caught.wait(REACH_TIMEOUT_S):
-            raise TimeoutError(f"waited {REACH_TIMEOUT_S:.0f} s for the phase {self.phase}")
+        elif self.rule is not None:
+            deadline = time.monotonic() + REACH_TIMEOUT_S
+            while not self.rule.caught.wait(1.0):
+                if watch.has_ended:
+                    raise RuntimeError(f"the job ended before the phase {self.phase}")
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"waited {REACH_TIMEOUT_S:.0f} s for the phase {self.phase}")
 
     def let_go(self) -> None:
         """End the hold."""

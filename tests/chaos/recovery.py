@@ -117,8 +117,7 @@ def _memory_back(stand: Stand, watch: Watch, strike: Strike) -> float:
     """A new memory actor runs, or the job has ended without asking it again."""
 
     def is_back() -> bool:
-        has_ended = bool(watch.seen) and watch.seen[-1].event.type in FINAL_EVENTS
-        return has_ended or any(p not in strike.victims for p in processes(stand, "memory"))
+        return watch.has_ended or any(p not in strike.victims for p in processes(stand, "memory"))
 
     return _when(stand, is_back, "a new memory actor")
 

@@ -34,6 +34,11 @@ class Watch:
         self._thread = threading.Thread(target=self._follow, name=f"watch-{job_id}", daemon=True)
         self._thread.start()
 
+    @property
+    def has_ended(self) -> bool:
+        """Was the job's last event seen?"""
+        return bool(self.seen) and self.seen[-1].event.type in FINAL_EVENTS
+
     def wait(self, is_wanted: Callable[[Seen], bool], what: str, timeout_s: float, start: int = 0) -> int:
         """Return the place in seen of the first event from start on that is wanted.
 
@@ -49,7 +54,7 @@ class Watch:
                     place += 1
                 if self.failure is not None:
                     raise RuntimeError(f"the events cannot be followed: {self.failure}") from self.failure
-                if self.seen and self.seen[-1].event.type in FINAL_EVENTS:
+                if self.has_ended:
                     raise RuntimeError(f"the job ended with {self.seen[-1].event.type} before {what}")
                 if not self._news.wait(deadline - time.monotonic()) and time.monotonic() >= deadline:
                     raise TimeoutError(f"waited {timeout_s:.0f} s for {what}")
