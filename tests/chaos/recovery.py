@@ -44,7 +44,7 @@ def recovery(stand: Stand, case: Case, watch: Watch, strike: Strike, following: 
     if case.part in ("api", "postgres"):
         return _when(stand, lambda: _answers(stand, watch.job_id), f"an answer after {case.id}")
     if case.part == "replica":
-        return _when(stand, lambda: processes(stand, "replica") != list(strike.victims), "a new replica")
+        return _when(stand, lambda: _is_new(stand, case.part, strike), "a new replica")
     if case.action == "stop":
         return _progress(watch, strike, case, following)
     if case.part in ("reconciler", "s3"):
@@ -53,13 +53,13 @@ def recovery(stand: Stand, case: Case, watch: Watch, strike: Strike, following: 
             lambda: stand.supervisor.num_starts()[case.part] > strike.num_starts[case.part],
             f"the start of {case.part}",
         )
-        place = watch.wait(
+        return _seen_or_held(
+            watch,
             lambda seen: seen.at > started or seen.event.type in FINAL_EVENTS,
+            following,
             "an event",
-            RECOVERY_TIMEOUT_S,
             strike.num_seen,
         )
-        return watch.seen[place].at
     if case.part == "memory":
         return max(_progress(watch, strike, case, following), _memory_back(stand, watch, strike))
     return _restarted(watch, strike, case)
@@ -84,11 +84,16 @@ def _progress(watch: Watch, strike: Strike, case: Case, following: Moment) -> fl
     def is_wanted(seen: Seen) -> bool:
         return seen.event.type in PROGRESS and _time(seen.event.time) > strike.time
 
+    return _seen_or_held(watch, is_wanted, following, f"progress after {case.id}", strike.num_seen)
+
+
+def _seen_or_held(
+    watch: Watch, is_wanted: Callable[[Seen], bool], following: Moment, what: str, start: int
+) -> float:
     deadline = time.monotonic() + RECOVERY_TIMEOUT_S
     while True:
         try:
-            place = watch.wait(is_wanted, f"progress after {case.id}", LOOK_EVERY_S, strike.num_seen)
-            return watch.seen[place].at
+            return watch.seen[watch.wait(is_wanted, what, LOOK_EVERY_S, start)].at
         except TimeoutError:
             if following.is_reached:
                 return time.monotonic()
@@ -113,11 +118,15 @@ def _restarted(watch: Watch, strike: Strike, case: Case) -> float:
     return watch.seen[place].at
 
 
+def _is_new(stand: Stand, part: str, strike: Strike) -> bool:
+    return any(process not in strike.victims for process in processes(stand, part))
+
+
 def _memory_back(stand: Stand, watch: Watch, strike: Strike) -> float:
     """A new memory actor runs, or the job has ended without asking it again."""
 
     def is_back() -> bool:
-        return watch.has_ended or any(p not in strike.victims for p in processes(stand, "memory"))
+        return watch.has_ended or _is_new(stand, "memory", strike)
 
     return _when(stand, is_back, "a new memory actor")
 
