@@ -15,6 +15,8 @@ from tests.service.tiny import letter_rows
 STEPS = 60
 CHECKPOINT_EVERY_STEPS = 20
 JOB_TIMEOUT_S = 300.0
+REFERENCE = "job1"
+"""Adapter of the uninterrupted run: the first job of every stand."""
 PROMPT = letter_rows(1, 1)[0]["prompt"]
 
 

@@ -11,7 +11,9 @@ import httpx
 import psutil
 
 from service.client import FINAL_EVENTS
+from tests.chaos.asker import Asker
 from tests.chaos.cases import Case
+from tests.chaos.jobs import REFERENCE
 from tests.chaos.links import CONTROL_CUT_S, heal
 from tests.chaos.parts import processes
 from tests.chaos.phases import Moment
@@ -43,6 +45,8 @@ def recovery(stand: Stand, case: Case, watch: Watch, strike: Strike, following: 
     """
     if case.part in ("api", "postgres"):
         return _when(stand, lambda: _answers(stand, watch.job_id), f"an answer after {case.id}")
+    if case.part == "replica" and case.action == "stop":  # Serve may replace it, or it goes on
+        return _when(stand, lambda: Asker(stand.api_url, REFERENCE).ask()[0] == 200, "an answer of a replica")
     if case.part == "replica":
         return _when(stand, lambda: _is_new(stand, case.part, strike), "a new replica")
     if case.action == "stop":
