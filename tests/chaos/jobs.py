@@ -76,6 +76,9 @@ def play_reference(stand: Stand, jobs: Jobs) -> tuple[str, dict[int, str]]:
     """
     adapter, watch = jobs.submit()
     watch.wait_end(JOB_TIMEOUT_S)
+    job = stand.client.job(watch.job_id)
+    if job["state"] != "succeeded":
+        raise RuntimeError(f"the uninterrupted run {job['state']}: {job.get('reason')} {job.get('message')}")
     digests = version_digests(stand, adapter)
     expected = dict.fromkeys(range(1, NUM_TASKS + 1), "")
     problems = check_job(stand, watch, adapter, digests or expected) + check_leaks(stand)

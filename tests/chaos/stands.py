@@ -60,6 +60,7 @@ class Stands:
             stand = self._stack.enter_context(running_stand(self._board.say, hosts))
             jobs = Jobs(stand)
             self._board.say("the uninterrupted run")
+            self._current = (stand, jobs, "", {})  # its logs are kept when even that run fails
             self._current = (stand, jobs, *play_reference(stand, jobs))
         return self._current
 
