@@ -110,6 +110,8 @@ def _program(
         "RAY_worker_niceness": WORKER_NICENESS,
         **NODE_SILENCE,
     }
+    if not cluster.hosts.is_loopback:  # all share one host name, which stands for 127.0.0.1
+        silence["GLOO_SOCKET_IFNAME"] = "eth0"
     return command_program(
         name, command, {**variables, **silence}, cluster.folder / f"{name}.log", marker=marker
     )
