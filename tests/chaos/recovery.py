@@ -165,8 +165,9 @@ def play_cut(stand: Stand, case: Case, watch: Watch, strike: Strike) -> float:
             time.sleep(1.0)
     finally:
         heal(strike.host)
+    healed_at = time.monotonic()
     place = watch.wait(
-        lambda seen: seen.event.type in PROGRESS,
+        lambda seen: seen.event.type in PROGRESS and seen.at > healed_at,
         "an event after the cut",
         RECOVERY_TIMEOUT_S,
         strike.num_seen,
