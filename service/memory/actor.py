@@ -7,10 +7,8 @@ machine.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import ray
@@ -21,6 +19,7 @@ from service.adapters.storage import Storage, attempt_key
 from service.adapters.store_calls import PATIENCE_S
 from service.adapters.version_files import fetch_folder
 from service.memory.rows import RowReader
+from service.scratch import remove_abandoned_folders, scratch_folder
 
 NAMESPACE = "clpeft"
 SNAPSHOT_FILES = ("memory.json", "memory.safetensors")
@@ -40,6 +39,7 @@ class MemoryActor:
     def __init__(
         self, storage_url: str, run_id: str, attempt: int, generation: str, start_key: str | None
     ) -> None:
+        remove_abandoned_folders()
         self._storage = Storage(storage_url, patience_s=PATIENCE_S)
         self._folder = f"{attempt_key(run_id, attempt)}/memory"
         self._generation, self._start_key = generation, start_key
@@ -77,9 +77,9 @@ class MemoryActor:
         rows: dict[str, dict[str, Row]] = {key: {ref: {} for ref in of_key} for key, of_key in refs.items()}
         version = self._memory.write(op_id, base_version, states, rows)
         if version > self._num_saved:  # a repeat of a write that could not be saved is saved now
-            with tempfile.TemporaryDirectory() as folder:
-                self._memory.snapshot(version, Path(folder))
-                self._storage.put_folder(folder, f"{self._folder}/{version}")
+            with scratch_folder() as folder:
+                self._memory.snapshot(version, folder)
+                self._storage.put_folder(str(folder), f"{self._folder}/{version}")
             self._num_saved = version
             for old in self._saved_versions()[:-2]:
                 self._storage.delete(f"{self._folder}/{old}")
@@ -87,9 +87,9 @@ class MemoryActor:
 
     def snapshot(self, version: int) -> tuple[str, dict[str, bytes]]:
         """Return a snapshot's sha256 and its files, name -> bytes."""
-        with tempfile.TemporaryDirectory() as folder:
-            digest = self._memory.snapshot(version, Path(folder))
-            return digest, {path.name: path.read_bytes() for path in Path(folder).iterdir()}
+        with scratch_folder() as folder:
+            digest = self._memory.snapshot(version, folder)
+            return digest, {path.name: path.read_bytes() for path in folder.iterdir()}
 
     def replace_row(self, ref: str, row: Row) -> None:
         """Overwrite one stored row: the next task that reads it trains on the new text."""
@@ -104,12 +104,12 @@ class MemoryActor:
 
     def _restore(self, memory: InProcessMemory, key: str) -> None:
         task_dir, _, name = key.rpartition("/")
-        with tempfile.TemporaryDirectory() as folder:
+        with scratch_folder() as folder:
             if name == STATE:  # a version's files have their checksums in its manifest
-                fetch_folder(self._storage, task_dir, STATE, Path(folder))
+                fetch_folder(self._storage, task_dir, STATE, folder)
             else:
-                self._storage.get_folder(key, folder)
-            memory.restore(Path(folder))
+                self._storage.get_folder(key, str(folder))
+            memory.restore(folder)
 
 
 def start_memory(storage_url: str, run_id: str, attempt: int, generation: str, start_key: str | None) -> Any:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import itertools
-import tempfile
 import threading
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from service.adapters.manifest import ADAPTER
 from service.adapters.storage import Storage
 from service.adapters.version_files import fetch_folder
+from service.scratch import scratch_folder
 from service.serving import transformers_models as models
 from service.serving.cache import LeaseCache
 from service.serving.engine import EngineStatus, Event, Finished, GenerateRequest, ServingError, Started
@@ -31,6 +30,7 @@ class TransformersEngine:
     """Engine over transformers' generate(), on CPU or one GPU. Use it from one event loop."""
 
     def __init__(self, *, storage_url: str, max_adapters: int, num_threads: int) -> None:
+        remove_abandoned_folders()
         self._storage = Storage(storage_url)
         self._thread = ModelThread(num_threads)
         self._bases: LeaseCache[str, Base] = LeaseCache(self._load_base, _keep, capacity=None)
@@ -107,10 +107,12 @@ class TransformersEngine:
 
     async def _load_adapter(self, key: _AdapterKey) -> Attached:
         async with self._bases.lease(key.base_path) as base:
-            with tempfile.TemporaryDirectory() as folder:
+            with scratch_folder() as folder:
                 try:
-                    await asyncio.to_thread(fetch_folder, self._storage, key.task_dir, ADAPTER, Path(folder))
-                    return await self._thread.change(lambda: models.attach(base, folder, next(self._names)))
+                    await asyncio.to_thread(fetch_folder, self._storage, key.task_dir, ADAPTER, folder)
+                    return await self._thread.change(
+                        lambda: models.attach(base, str(folder), next(self._names))
+                    )
                 except (OSError, ValueError, ServingError) as error:
                     raise ServingError(f"{key.id} in {key.task_dir!r} does not load: {error}") from error
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import PurePosixPath
 from typing import Any
 
 import ray.train
@@ -16,6 +15,7 @@ from clcore.engine.state import load_state, save_state
 from service.adapters.manifest import CurvePoint
 from service.adapters.storage import Storage, train_key
 from service.memory.client import ActorMemory
+from service.scratch import scratch_folder
 from service.specs import PlannedTask, RunPlan
 from service.workers.progress import checkpoint_name
 from service.workers.ray_storage import ray_filesystem
@@ -37,9 +37,9 @@ class Checkpoints:
         key = start_checkpoint if own is None else own.path.strip("/")
         if key is None:
             return None
-        with tempfile.TemporaryDirectory() as folder:
-            self._storage.get_folder(key, folder)
-            return load_state(Path(folder), "training", generation=self._plan.generation)
+        with scratch_folder() as folder:
+            self._storage.get_folder(key, str(folder))
+            return load_state(folder, "training", generation=self._plan.generation)
 
     def report_training(
         self, task: PlannedTask, version: int, training: dict[str, Any], curve: Sequence[CurvePoint]
@@ -81,9 +81,9 @@ class Checkpoints:
         if parallel.rank() != 0:
             ray.train.report({}, checkpoint=None, checkpoint_dir_name=name)
             return
-        with tempfile.TemporaryDirectory() as folder:
-            self._memory.snapshot(version, Path(folder))
-            save_state(Path(folder), "training", state, generation=self._plan.generation)
+        with scratch_folder() as folder:
+            self._memory.snapshot(version, folder)
+            save_state(folder, "training", state, generation=self._plan.generation)
             checkpoint = ray.train.Checkpoint.from_directory(folder)
             ray.train.report(
                 {}, checkpoint=checkpoint, checkpoint_dir_name=name, checkpoint_upload_fn=self._upload

@@ -41,6 +41,7 @@ from service.adapters.storage import (
 )
 from service.adapters.store_calls import PATIENCE_S
 from service.memory.actor import NAMESPACE, start_memory
+from service.scratch import remove_abandoned_folders
 from service.specs import RunPlan
 from service.workers.log_shipping import shipped_log
 from service.workers.progress import find_progress, newest_checkpoint
@@ -182,6 +183,7 @@ def train_loop(config: dict[str, Any]) -> None:
     """Run on every worker; what it imports takes seconds, which the driver and Ray's controller save."""
     from service.workers.train_loop import train_tasks
 
+    remove_abandoned_folders()
     storage = Storage(config["storage_url"], patience_s=PATIENCE_S)
     rank = ray.train.get_context().get_world_rank()
     with shipped_log(storage, config["run_id"], config["attempt"], worker_process(rank, os.getpid())):

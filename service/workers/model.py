@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from clcore.engine.tasks import Example, derive_seed, encode_row
 from service.adapters.manifest import ADAPTER
 from service.adapters.storage import Storage
 from service.adapters.version_files import fetch_folder
+from service.scratch import scratch_folder
 from service.specs import RunPlan
 
 
@@ -55,8 +55,8 @@ def load_model(storage: Storage, plan: RunPlan, task_dir: str | None) -> LoadedM
     if task_dir is None:
         model = _fresh_adapter(base, plan)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            fetch_folder(storage, task_dir, ADAPTER, Path(folder))
+        with scratch_folder() as folder:
+            fetch_folder(storage, task_dir, ADAPTER, folder)
             model = PeftModel.from_pretrained(base, folder, is_trainable=True)
     model.to(ray.train.torch.get_device())
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import re
-import tempfile
 from contextlib import suppress
-from pathlib import Path
 
 from clcore.engine.errors import StateError
 from clcore.engine.state import load_state
 from service.adapters.manifest import STATE
 from service.adapters.storage import Storage, desired_key, task_key, train_key
 from service.adapters.version_files import read_manifest
+from service.scratch import scratch_folder
 from service.specs import RunPlan
 
 _CHECKPOINT_NAME = re.compile(r"^task(\d{5})-step(\d{9})$")
@@ -101,11 +100,11 @@ def newest_checkpoint(storage: Storage, plan: RunPlan, attempt: int, progress: P
 
 
 def _is_whole(storage: Storage, key: str, generation: str) -> bool:
-    with tempfile.TemporaryDirectory() as folder:
+    with scratch_folder() as folder:
         try:
-            storage.get_folder(key, folder)
-            load_state(Path(folder), "training", generation=generation)
-            load_state(Path(folder), "memory", generation=generation)
+            storage.get_folder(key, str(folder))
+            load_state(folder, "training", generation=generation)
+            load_state(folder, "memory", generation=generation)
         except (StateError, FileNotFoundError):  # files that were about to be deleted are gone
             return False
     return True

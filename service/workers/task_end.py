@@ -8,7 +8,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -22,6 +21,7 @@ from clcore.engine.tasks import DataFormat, row_format
 from clcore.evaluation.runner import set_score
 from service.adapters.manifest import MANIFEST_NAME, PREDICTIONS, CurvePoint, Manifest, ManifestFile
 from service.adapters.storage import task_key
+from service.scratch import scratch_folder
 from service.specs import PlannedTask
 from service.workers.model import save_adapter
 from service.workers.rows import read_rows
@@ -157,8 +157,7 @@ def _store(
     Raises StoppedRun, without a manifest, when a newer attempt may work.
     """
     plan, storage = worker.plan, worker.storage
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with scratch_folder() as folder:
         save_adapter(worker.loaded.model, folder / "adapter", plan.base_model.id)
         worker.memory.snapshot(memory_version, folder / "state")
         for set_name, rows in predictions.items():

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from service.adapters.storage import Storage, StorageError, tensorboard_key
+from service.scratch import new_scratch_folder
 from service.specs import RunPlan
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ class Board:
             self._starts[task.name] = total
             total += task.steps
             self._starts[f"{task.name}/end"] = total
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = new_scratch_folder()
         self._writer: SummaryWriter | None = None
         self._last_upload = time.monotonic()
 
