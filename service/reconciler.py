@@ -50,7 +50,8 @@ class Reconciler:
         self._awake = threading.Event()
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
-        self._last_warning: tuple[str, str] | None = None
+        self._warned: dict[str, str] = {}
+        """Subject -> the warning that was logged last."""
         self._next_clean_up = 0.0
 
     def start(self) -> None:
@@ -143,7 +144,9 @@ class Reconciler:
             except ServiceError as error:  # our own refusal, which does not change by itself
                 refuse(parts, run_id, str(error))
                 return
-            if odd is not None:
+            if odd is None:
+                self._warned.pop(run_id, None)
+            else:
                 self._warn(run_id, odd)
         except LeaseLost:
             raise
@@ -156,8 +159,8 @@ class Reconciler:
 
     def _warn(self, subject: str, text: str) -> None:
         """Log a warning; the same one tick after tick is logged once."""
-        if self._last_warning != (subject, text):
-            self._last_warning = (subject, text)
+        if self._warned.get(subject) != text:
+            self._warned[subject] = text
             logger.warning("%s: %s", subject, text)
 
     def _clean(self, parts: Parts) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from service.adapters.manifest import ADAPTER
 from service.adapters.storage import Storage
 from service.adapters.version_files import fetch_folder
-from service.scratch import scratch_folder
+from service.scratch import remove_abandoned_folders, scratch_folder
 from service.serving import transformers_models as models
 from service.serving.cache import LeaseCache
 from service.serving.engine import EngineStatus, Event, Finished, GenerateRequest, ServingError, Started
