@@ -84,6 +84,7 @@ def test_a_stream_goes_on_when_the_database_is_back(service: Service, postgres: 
 
     reader = threading.Thread(target=follow)
     reader.start()
+    wait_until(lambda: seen, "the stream's first event")
     with postgres.away():
         write_task(service.storage, run_id, 1, 0)
         write_outcome(service.storage, run_id, 1, "succeeded")
