@@ -22,11 +22,10 @@ from service.db.engines import is_away
 from service.db.session import Sessions
 from service.db.tables import Run, utc_now
 from service.errors import ServiceError
-from service.jobs import clean, repository
+from service.jobs import clean, queue, repository
 from service.jobs.advance import Parts, advance, refuse
 from service.jobs.attempts import begin_attempt
 from service.jobs.leases import RECONCILER, FencedSessions, Lease, LeaseLost, acquire, release
-from service.jobs.queue import choose
 from service.jobs.runner import JobRunner, RunnerUnreachable
 from service.jobs.states import AT_WORK_RUN_STATES, STOPPING_RUN_STATES, Reason, RunState
 from service.settings import Settings
@@ -176,17 +175,17 @@ class Reconciler:
     def _start_waiting(self, parts: Parts) -> list[str]:
         """Give free places to waiting runs; returns the runs that begin an attempt."""
         with parts.sessions.read() as session:
-            at_work = Counter(repository.owners_at_work(session))
+            at_work = Counter(queue.owners_at_work(session))
             num_free = self._settings.max_concurrent_runs - at_work.total()
             if num_free <= 0:
                 return []
-            waiting = repository.runs_that_can_start(session, utc_now(), most=num_free)
+            waiting = queue.runs_that_can_start(session, utc_now(), most=num_free)
             several = len({run.owner for run in waiting}) > 1
-            chosen = choose(
+            chosen = queue.choose(
                 waiting,
                 num_free=num_free,
                 at_work=at_work,
-                last_started=repository.last_started(session) if several else {},
+                last_started=queue.last_started(session) if several else {},
             )
         return [run_id for run_id in chosen if self._begin(parts, run_id)]
 
@@ -202,7 +201,7 @@ class Reconciler:
     def _stop_late(self, parts: Parts) -> None:
         """Ask runs that are past their deadline to stop; those that wait fail at once."""
         with parts.sessions.read() as session:
-            late = [run.id for run in repository.late_runs(session, utc_now())]
+            late = [run.id for run in queue.late_runs(session, utc_now())]
         for run_id in late:
             with parts.sessions.write() as session:
                 _give_up(session, repository.lock_run(session, run_id))

@@ -84,6 +84,8 @@ class _StorageHandler(FileSystemHandler):  # type: ignore[misc]
     def open_output_stream(self, path: str, metadata: Any) -> PythonFile:  # noqa: ARG002
         return PythonFile(_NewObject(self._storage, path.strip("/")), mode="w")
 
+    # pyarrow's interface asks for these four; Ray Train never calls them, and here they have no meaning.
+
     def delete_root_dir_contents(self) -> None:
         raise NotImplementedError("Ray Train never empties its whole storage")
 
