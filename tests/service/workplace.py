@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -109,9 +108,16 @@ class Workplace:
         self.looks += 1
         return self.answer(self.looks)
 
-    def _report(self, metrics: dict[str, Any], *, checkpoint: Any, checkpoint_dir_name: str) -> None:
+    def _report(
+        self,
+        metrics: dict[str, Any],
+        *,
+        checkpoint: Any,
+        checkpoint_dir_name: str,
+        checkpoint_upload_fn: Callable[[Any, str], Any],
+    ) -> None:
         assert metrics == {}
-        target = Path(self.storage.path(f"{self._folder}/{checkpoint_dir_name}"))
-        assert not target.exists(), "a checkpoint is reported once"
-        shutil.copytree(checkpoint.path, target)
-        self.newest = type(checkpoint).from_directory(str(target))
+        target = f"{self._folder}/{checkpoint_dir_name}"
+        assert not self.storage.find(target), "a checkpoint is reported once"
+        self.newest = checkpoint_upload_fn(checkpoint, checkpoint_dir_name)
+        assert self.storage.find(target), "it lies where Ray Train looks for it"
