@@ -31,8 +31,8 @@ DATASET = made_id("ds", 0)
 SLOW_ANSWER_S = 2.0
 NOBODY = "http://127.0.0.1:9"
 """Where the cluster is not: connections are refused."""
-MOST_AT_WORK = "20"
-"""Runs that the reconciler may have at work; 8 are when the database is new."""
+MOST_AT_WORK = "8"
+"""Runs that the reconciler may have at work: so many are when the database is new."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

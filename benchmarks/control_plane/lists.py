@@ -42,12 +42,14 @@ def routes(filled: Filled, *, seed: int = 0) -> dict[str, list[str]]:
         "/v1/jobs/{id}": [f"/v1/jobs/{job}" for job in some],
         "/v1/jobs/{id}, 100 tasks": [f"/v1/jobs/{widest}"],
         "/v1/jobs/{id}/events": [f"/v1/jobs/{job}/events" for job in some],
-        "/v1/jobs/{id}/events?limit=1000&after=, deep": [
-            f"/v1/jobs/{longest}/events?limit=1000&after={rng.randrange(last_event)}" for _ in some
+        "/v1/jobs/{id}/events?limit=500&after=, deep": [
+            f"/v1/jobs/{longest}/events?limit=500&after={rng.randrange(last_event)}" for _ in some
         ],
         "/v1/jobs/{id}/metrics": [f"/v1/jobs/{job}/metrics" for job in some],
-        "/v1/jobs/{id}/metrics?limit=1000, 1,000 steps": [f"/v1/jobs/{longest}/metrics?limit=1000"],
-        "/v1/jobs/{id}/metrics?after=, the last page": [_last_metrics(filled)],
+        "/v1/jobs/{id}/metrics?limit=500, the first page": [f"/v1/jobs/{longest}/metrics?limit=500"],
+        "/v1/jobs/{id}/metrics?after=, the last page": [
+            f"/v1/jobs/{longest}/metrics?limit=500&after={filled.last_metrics}"
+        ],
         "/v1/jobs/{id}/metrics?task=": [f"/v1/jobs/{job}/metrics?task=topic-0" for job in some],
         "/v1/jobs/{id}/runs": [f"/v1/jobs/{job}/runs" for job in some],
         "/v1/runs/{id}/attempts": [f"/v1/runs/{made_id('run', 10 * i + 1)}/attempts" for i in numbers],
@@ -66,10 +68,6 @@ def routes(filled: Filled, *, seed: int = 0) -> dict[str, list[str]]:
         "/v1/peft-methods": ["/v1/peft-methods"],
         "/v1/base-models": ["/v1/base-models"],
     }
-
-
-def _last_metrics(filled: Filled) -> str:
-    return f"/v1/jobs/{filled.job_ids[0]}/metrics?limit=1000&after={max(0, filled.num_events // 10 - 1000)}"
 
 
 def measure(client: httpx.Client, route: str, paths: Sequence[str], num_requests: int) -> Mapping[str, Any]:

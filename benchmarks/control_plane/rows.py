@@ -31,6 +31,8 @@ class Filled:
     """In order of their names."""
     num_events: int
     num_metrics: int
+    last_metrics: str
+    """Cursor before the first job's last 500 metrics."""
 
 
 def fill(sessions: Sessions, num_jobs: int, num_events: int, *, seed: int = 0) -> None:
@@ -51,11 +53,17 @@ def fill(sessions: Sessions, num_jobs: int, num_events: int, *, seed: int = 0) -
 def look(sessions: Sessions) -> Filled:
     """Say what a filled database holds."""
     with sessions.read() as session:
+        job_ids = tuple(session.scalars(select(Job.id).order_by(Job.id)))
+        place = (Metric.task_index, Metric.step)
+        newest_first = [column.desc() for column in place]
+        wanted = select(*place).where(Metric.job_id.in_(job_ids[:1])).order_by(*newest_first).offset(500)
+        before = session.execute(wanted.limit(1)).first()
         return Filled(
-            job_ids=tuple(session.scalars(select(Job.id).order_by(Job.id))),
+            job_ids=job_ids,
             adapters=tuple(session.scalars(select(Adapter.name).order_by(Adapter.name))),
             num_events=session.scalar(select(func.count()).select_from(Event)) or 0,
             num_metrics=session.scalar(select(func.count()).select_from(Metric)) or 0,
+            last_metrics="0.0" if before is None else f"{before.task_index}.{before.step}",
         )
 
 

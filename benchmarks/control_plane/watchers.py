@@ -185,7 +185,7 @@ def _event_ids(client: httpx.Client, job_id: str) -> list[int]:
     """Return the ids of a job's events, page by page."""
     found: list[int] = []
     while True:
-        params = {"limit": 1000, "after": found[-1] if found else 0}
+        params = {"limit": 500, "after": found[-1] if found else 0}
         page = client.get(f"/v1/jobs/{job_id}/events", params=params).raise_for_status().json()
         found += [event["id"] for event in page["data"]]
         if not page["has_more"]:

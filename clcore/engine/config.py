@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import cache
 from typing import Any, get_type_hints
 
 from clcore.engine.errors import ConfigError
@@ -27,9 +28,14 @@ class StrategyConfig:
 
 def check_types(config: Any) -> None:
     """Raise ConfigError for a field of a dataclass that holds a value of the wrong type."""
-    for name, kind in get_type_hints(type(config)).items():
+    for name, kind in _types_of(config.__class__).items():
         if kind not in KINDS:
             continue
         value, (words, allowed) = getattr(config, name), KINDS[kind]
         if not isinstance(value, allowed) or (isinstance(value, bool) and kind is not bool):
             raise ConfigError(f"{name} must be {words}, got {value!r}")
+
+
+@cache
+def _types_of(cls: type[Any]) -> dict[str, Any]:
+    return get_type_hints(cls)

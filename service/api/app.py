@@ -13,7 +13,6 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from clcore.engine.registry import STRATEGIES, config_class
 from service.adapters.storage import Storage
 from service.api import (
     openai,
@@ -45,8 +44,6 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        warm_up = threading.Thread(target=_import_strategies, name="warm-up", daemon=True)
-        warm_up.start()
         if reconcile:
             app.state.reconciler.start()
         yield
@@ -129,9 +126,3 @@ class BodyLimit:
             return message
 
         await self.app(scope, receive_limited, send)
-
-
-def _import_strategies() -> None:
-    """Import what the first job's check needs, so that its user does not wait for torch."""
-    for name in STRATEGIES:
-        config_class(name)

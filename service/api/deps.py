@@ -1,16 +1,16 @@
 """What routes need, taken from the application's state; create_app puts it there.
 
-What cannot block is async: FastAPI gives every other dependency a thread of its own for a moment.
+Nothing here may block: FastAPI gives a dependency that is not async a thread for a moment. So no transaction
+is a dependency either: its connection would be held while its request waits for a thread, and all threads may
+be waiting for a connection.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Annotated
 
 from fastapi import Depends, Request
-from sqlalchemy.orm import Session
 
 from service.adapters.storage import Storage
 from service.api.watch import Watch
@@ -60,13 +60,6 @@ async def get_reconciler(request: Request) -> Reconciler:
     return reconciler
 
 
-def read_session(request: Request) -> Iterator[Session]:
-    """A transaction that reads, closed after the answer."""
-    sessions: Sessions = request.app.state.sessions
-    with sessions.read() as session:
-        yield session
-
-
 async def get_owner(request: Request) -> str:
     """Who calls: what a trusted proxy says, where the settings name its header. Raises Invalid."""
     settings: Settings = request.app.state.settings
@@ -87,5 +80,4 @@ StorageDep = Annotated[Storage, Depends(get_storage)]
 RunnerDep = Annotated[JobRunner, Depends(get_runner)]
 ReconcilerDep = Annotated[Reconciler, Depends(get_reconciler)]
 WatchDep = Annotated[Watch, Depends(get_watch)]
-ReadSession = Annotated[Session, Depends(read_session)]
 OwnerDep = Annotated[str, Depends(get_owner)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from fastapi import APIRouter
@@ -35,6 +36,12 @@ class BaseModelView(BaseModel):
 @router.get("/strategies")
 def strategies() -> Page[Choice]:
     """List the strategies."""
+    return Page(data=strategy_choices())
+
+
+@cache
+def strategy_choices() -> list[Choice]:
+    """Describe every strategy; the first call imports them all, and torch with them."""
     found = []
     for name in STRATEGIES:
         config = config_class(name)
@@ -42,7 +49,7 @@ def strategies() -> Page[Choice]:
         for parameter, text in parameter_docs(config).items():
             schema["properties"][parameter]["description"] = text
         found.append(Choice(type=name, description=_first_line(strategy_class(name)), parameters=schema))
-    return Page(data=found)
+    return found
 
 
 @router.get("/peft-methods")

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request
 from sqlalchemy import or_, select
 
 from service.adapters.storage import outputs_key
-from service.api.deps import OwnerDep, ReadSession, SessionsDep, SettingsDep, StorageDep
+from service.api.deps import OwnerDep, SessionsDep, SettingsDep, StorageDep
 from service.api.views import DatasetView, Page
 from service.datasets import UploadLimit, drain, store_rows
 from service.db.session import Sessions
@@ -79,7 +79,7 @@ async def upload(
 
 @router.get("")
 def list_datasets(
-    session: ReadSession,
+    sessions: SessionsDep,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: str | None = None,
     name: str | None = None,
@@ -90,16 +90,18 @@ def list_datasets(
         wanted = wanted.where(Dataset.id < after)
     if name is not None:
         wanted = wanted.where(Dataset.name == name)
-    rows = session.scalars(wanted).all()
+    with sessions.read() as session:
+        rows = session.scalars(wanted).all()
     has_more = len(rows) > limit
     data = [DatasetView.model_validate(row) for row in rows[:limit]]
     return Page(data=data, has_more=has_more, next_cursor=data[-1].id if has_more else None)
 
 
 @router.get("/{dataset_id}")
-def show_dataset(dataset_id: str, session: ReadSession) -> DatasetView:
+def show_dataset(dataset_id: str, sessions: SessionsDep) -> DatasetView:
     """Show a data set."""
-    return DatasetView.model_validate(get_dataset(session, dataset_id))
+    with sessions.read() as session:
+        return DatasetView.model_validate(get_dataset(session, dataset_id))
 
 
 @router.delete("/{dataset_id}", status_code=204)

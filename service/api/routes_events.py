@@ -24,6 +24,8 @@ from service.jobs.states import FINAL_RUN_STATES
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 BATCH_SIZE = 500
+MAX_PAGE = 500
+"""Events of one page: more would keep other requests waiting."""
 HEARTBEAT_S = 10.0
 
 
@@ -34,7 +36,7 @@ async def events(
     sessions: SessionsDep,
     watch: WatchDep,
     after: Annotated[int, Query(ge=0, lt=2**63)] = 0,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 100,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = 100,
     accept: Annotated[str, Header()] = "",
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> Response:

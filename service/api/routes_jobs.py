@@ -14,7 +14,6 @@ from sqlalchemy.orm import Session
 from service.adapters.logs import DRIVER, log_processes, log_text
 from service.api.deps import (
     OwnerDep,
-    ReadSession,
     ReconcilerDep,
     RunnerDep,
     SessionsDep,
@@ -83,33 +82,36 @@ def submit(
 
 
 @router.post("/jobs:plan")
-def plan(spec: JobSpec, settings: SettingsDep, session: ReadSession) -> JobPlan:
+def plan(spec: JobSpec, settings: SettingsDep, sessions: SessionsDep) -> JobPlan:
     """Check a job and fill in its defaults; nothing is stored."""
     spec, path = _resolve(spec, settings)
-    tasks = _plan(session, spec.tasks, spec)
+    with sessions.read() as session:
+        tasks = _plan(session, spec.tasks, spec)
     return JobPlan(spec=spec, base_model_path=path, tasks=tasks, num_steps=sum(task.steps for task in tasks))
 
 
 @router.get("/jobs")
 def list_jobs(
-    session: ReadSession,
+    sessions: SessionsDep,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     after: str | None = None,
     order: Literal["asc", "desc"] = "desc",
     status: RunState | None = None,
 ) -> Page[JobSummary]:
     """List jobs, newest first."""
-    jobs, has_more = repository.list_jobs(
-        session, limit=limit, after=after, newest_first=order == "desc", status=status
-    )
+    with sessions.read() as session:
+        jobs, has_more = repository.list_jobs(
+            session, limit=limit, after=after, newest_first=order == "desc", status=status
+        )
     data = [JobSummary.model_validate(job) for job in jobs]
     return Page(data=data, has_more=has_more, next_cursor=data[-1].id if has_more else None)
 
 
 @router.get("/jobs/{job_id}")
-def show(job_id: str, session: ReadSession) -> JobView:
+def show(job_id: str, sessions: SessionsDep) -> JobView:
     """Show a job with its tasks and runs."""
-    return _show(session, repository.get_job(session, job_id))
+    with sessions.read() as session:
+        return _show(session, repository.get_job(session, job_id))
 
 
 @router.post("/jobs/{job_id}/tasks", status_code=201)
@@ -168,23 +170,28 @@ def retry(job_id: str, change: ChangeDep) -> JobView:
 
 
 @router.get("/jobs/{job_id}/runs")
-def list_runs(job_id: str, session: ReadSession) -> Page[RunView]:
+def list_runs(job_id: str, sessions: SessionsDep) -> Page[RunView]:
     """List a job's runs, oldest first."""
-    repository.get_job(session, job_id)
-    return Page(data=[RunView.model_validate(run) for run in repository.runs_of(session, job_id)])
+    with sessions.read() as session:
+        repository.get_job(session, job_id)
+        runs = repository.runs_of(session, job_id)
+    return Page(data=[RunView.model_validate(run) for run in runs])
 
 
 @router.get("/runs/{run_id}")
-def show_run(run_id: str, session: ReadSession) -> RunView:
+def show_run(run_id: str, sessions: SessionsDep) -> RunView:
     """Show a run."""
-    return RunView.model_validate(repository.get_run(session, run_id))
+    with sessions.read() as session:
+        return RunView.model_validate(repository.get_run(session, run_id))
 
 
 @router.get("/runs/{run_id}/attempts")
-def list_attempts(run_id: str, session: ReadSession) -> Page[AttemptView]:
+def list_attempts(run_id: str, sessions: SessionsDep) -> Page[AttemptView]:
     """List a run's attempts, oldest first."""
-    repository.get_run(session, run_id)
-    return Page(data=[AttemptView.model_validate(row) for row in repository.attempts_of(session, run_id)])
+    with sessions.read() as session:
+        repository.get_run(session, run_id)
+        attempts = repository.attempts_of(session, run_id)
+    return Page(data=[AttemptView.model_validate(row) for row in attempts])
 
 
 @router.get("/jobs/{job_id}/logs", response_class=PlainTextResponse)

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Annotated
 
 from fastapi import APIRouter, Query, Response
-from sqlalchemy import select
+from sqlalchemy import select, tuple_
 from sqlalchemy.orm import Session
 
 from service.adapters.manifest import Manifest
 from service.adapters.registry import versions_of
 from service.adapters.storage import Storage
-from service.api.deps import ReadSession, SessionsDep, StorageDep
-from service.api.views import EvalMatrix, MetricView, Page
+from service.api.deps import SessionsDep, StorageDep
+from service.api.views import EvalMatrix, MetricView, Page, answer
 from service.db.tables import Metric
 from service.errors import Invalid, NotFound
 from service.job_report.facts import Facts, read_facts
@@ -21,6 +21,8 @@ from service.job_report.write import MEDIA_TYPES, WRITERS, ReportFormat
 from service.jobs import repository
 
 router = APIRouter(prefix="/v1", tags=["jobs"])
+MAX_PAGE = 500
+"""Steps of one page: more would keep other requests waiting."""
 
 
 @router.get("/jobs/{job_id}/eval-matrix")
@@ -36,28 +38,35 @@ def eval_matrix(job_id: str, sessions: SessionsDep, storage: StorageDep) -> Eval
     return EvalMatrix(job_id=job_id, adapter=adapter, **found)
 
 
-@router.get("/jobs/{job_id}/metrics")
+@router.get("/jobs/{job_id}/metrics", response_model=Page[MetricView])
 def metrics(
     job_id: str,
-    session: ReadSession,
+    sessions: SessionsDep,
     task: str | None = None,
-    after: Annotated[int, Query(ge=0)] = 0,
-    limit: Annotated[int, Query(ge=1, le=1000)] = 1000,
-) -> Page[MetricView]:
-    """List what the steps measured, each step once, in order of task and step; after: rows to skip."""
-    repository.get_job(session, job_id)
-    wanted = select(Metric).where(Metric.job_id == job_id).order_by(Metric.task_index, Metric.step)
-    if task is not None:
-        tasks = {row.name: row.index for row in repository.tasks_of(session, job_id)}
-        if task not in tasks:
-            raise NotFound(
-                f"job {job_id} has no task {task!r}; it has {', '.join(tasks)}", code="task_not_found"
-            )
-        wanted = wanted.where(Metric.task_index == tasks[task])
-    rows = session.scalars(wanted.offset(after).limit(limit + 1)).all()
-    data = [MetricView.model_validate(row) for row in rows[:limit]]
-    has_more = len(rows) > limit
-    return Page(data=data, has_more=has_more, next_cursor=str(after + limit) if has_more else None)
+    after: Annotated[str | None, Query(pattern=r"^\d{1,9}\.\d{1,9}$", description="task index.step")] = None,
+    limit: Annotated[int, Query(ge=1, le=MAX_PAGE)] = MAX_PAGE,
+) -> Response:
+    """List what the steps measured, each step once, in order of task and step."""
+    place = (Metric.task_index, Metric.step)
+    wanted = select(Metric).where(Metric.job_id == job_id).order_by(*place).limit(limit + 1)
+    if after is not None:
+        task_index, _, step = after.partition(".")
+        wanted = wanted.where(tuple_(*place) > (int(task_index), int(step)))
+    with sessions.read() as session:
+        repository.get_job(session, job_id)
+        if task is not None:
+            tasks = {row.name: row.index for row in repository.tasks_of(session, job_id)}
+            if task not in tasks:
+                raise NotFound(
+                    f"job {job_id} has no task {task!r}; it has {', '.join(tasks)}", code="task_not_found"
+                )
+            wanted = wanted.where(Metric.task_index == tasks[task])
+        rows = session.scalars(wanted).all()
+    page = Page[MetricView](data=[MetricView.model_validate(row) for row in rows[:limit]])
+    if len(rows) > limit:
+        last = page.data[-1]
+        page.has_more, page.next_cursor = True, f"{last.task_index}.{last.step}"
+    return answer(page)
 
 
 @router.get("/jobs/{job_id}/report", response_class=Response)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any, Generic, Literal, TypeVar
 
+from fastapi import Response
 from pydantic import BaseModel, ConfigDict
+from sqlalchemy import Row, select
 
-from service.adapters.manifest import Manifest
 from service.db.tables import AdapterVersion, Job, Task
 
 Item = TypeVar("Item")
@@ -155,11 +156,11 @@ class VersionView(View):
     created_at: datetime
     scores: dict[str, float]
     base_scores: dict[str, float]
-    before_scores: dict[str, float]
-    general: dict[str, Any] | None
+    before_scores: dict[str, float] = {}
+    general: dict[str, Any] | None = None
     training: dict[str, float | None]
     data_format: str
-    parent_dir: str | None
+    parent_dir: str | None = None
     task_dir: str
 
 
@@ -211,6 +212,11 @@ class EvalMatrix(BaseModel):
     """Scalar -> low and high end, from resampling the evaluation rows; null where there are too few."""
 
 
+def answer(view: BaseModel) -> Response:
+    """Send a view as it is; FastAPI would check each of its parts once more."""
+    return Response(view.model_dump_json(), media_type="application/json")
+
+
 def task_view(task: Task) -> TaskView:
     """Show a task."""
     shown = {name: getattr(task, name) for name in TaskView.model_fields if name != "steps"}
@@ -223,11 +229,15 @@ def job_view(job: Job, tasks: list[TaskView], runs: list[RunView]) -> JobView:
     return JobView(**summary, spec=job.spec, tasks=tasks, runs=runs)
 
 
-def version_view(row: AdapterVersion) -> VersionView:
-    """Show a version with what its manifest says."""
-    manifest = Manifest.model_validate(row.manifest)
-    from_manifest = ("scores", "base_scores", "before_scores", "training", "data_format", "parent_dir")
-    shown = {name: getattr(manifest, name) for name in from_manifest}
-    shown["general"] = manifest.general and manifest.general.model_dump()
-    own = {name: getattr(row, name) for name in VersionView.model_fields if name not in shown}
-    return VersionView(**own, **shown)
+VERSIONS = select(
+    *(
+        getattr(AdapterVersion, name, AdapterVersion.manifest[name]).label(name)
+        for name in VersionView.model_fields
+    )
+)
+"""What is shown of versions; a whole manifest, which names every file, is several times as long."""
+
+
+def version_view(row: Row[Any]) -> VersionView:
+    """Show a row of VERSIONS; the manifest was validated when it became a version."""
+    return VersionView(**{name: value for name, value in row._mapping.items() if value is not None})

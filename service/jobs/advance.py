@@ -71,8 +71,7 @@ def advance(parts: Parts, run_id: str) -> str | None:
     """
     with parts.sessions.read() as session:
         run = repository.get_run(session, run_id)
-        attempts = repository.attempts_of(session, run_id)
-    attempt = attempts[-1]
+        attempt = repository.attempts_of(session, run_id)[-1]
     if run.state == RunState.SUBMITTING:
         _submit(parts, run_id, attempt)
         return None
@@ -80,7 +79,7 @@ def advance(parts: Parts, run_id: str) -> str | None:
     _write_desired(parts, run_id, _DESIRED.get(RunState(run.state), "running"), attempt)
     outcome = _read_outcome(parts, run_id, attempt.number)
     # The rest of storage is read after the outcome: the driver writes the outcome last.
-    ingest_events(parts.sessions, parts.storage, run_id, attempt.number)
+    ingest_events(parts.sessions, parts.storage, attempt)
     broken = _ingest_manifests(parts, run_id, [attempt.number])
     if _finish_if_committed(parts, run_id, attempt.number):
         return None
@@ -240,7 +239,7 @@ def _end_with_outcome(parts: Parts, run_id: str, attempt: int, outcome: Mapping[
 
 
 def _end_lost(parts: Parts, run_id: str, attempt: Attempt, state: RayJobState | None) -> None:
-    ingest_events(parts.sessions, parts.storage, run_id, attempt.number)
+    ingest_events(parts.sessions, parts.storage, attempt)
     broken = _ingest_manifests(parts, run_id, range(attempt.number, 0, -1))
     if _finish_if_committed(parts, run_id, attempt.number):
         return

@@ -30,16 +30,14 @@ METRICS = ("loss", "learning_rate", "tokens_per_s")
 """What of a step event is kept as a metric."""
 
 
-def ingest_events(sessions: Sessions, storage: Storage, run_id: str, attempt: int) -> None:
-    """Take an attempt's new events, in order, and show in the job what they say."""
-    with sessions.read() as session:
-        last_seq = session.get_one(Attempt, (run_id, attempt)).last_seq
-    events = read_worker_events(storage, run_id, attempt, last_seq)
+def ingest_events(sessions: Sessions, storage: Storage, attempt: Attempt) -> None:
+    """Take an attempt's new events, in order, and show in the job what they say; attempt: as it was read."""
+    events = read_worker_events(storage, attempt.run_id, attempt.number, attempt.last_seq)
     if not events:
         return
     with sessions.write() as session:
-        run = repository.lock_run(session, run_id)
-        row = session.get_one(Attempt, (run_id, attempt))
+        run = repository.lock_run(session, attempt.run_id)
+        row = session.get_one(Attempt, (attempt.run_id, attempt.number))
         for event in events:
             if event.seq <= row.last_seq:  # another look was faster
                 continue
@@ -64,10 +62,13 @@ def ingest_manifests(sessions: Sessions, storage: Storage, run_id: str, attempt:
     reads events of a job that has ended.
     """
     finished = set(storage.names(f"{attempt_key(run_id, attempt)}/tasks"))
+    if not finished:
+        return
     with sessions.read() as session:
         indexes = [task.index for task in open_tasks(session, run_id) if str(task.index) in finished]
+        row = session.get_one(Attempt, (run_id, attempt))
     if indexes:
-        ingest_events(sessions, storage, run_id, attempt)
+        ingest_events(sessions, storage, row)
     for index in indexes:
         if not _commit_chain(sessions, storage, run_id, task_key(run_id, attempt, index)):
             return

@@ -145,7 +145,8 @@ def create_job(
 ) -> NewJob:
     """Store a job with its first run and tasks. Raises Conflict when the adapter's name is taken.
 
-    A new job has nothing to read back or to lock, so this takes one statement per table.
+    A new job has nothing to read back or to lock, so this takes one statement per table. Every column has its
+    value here: a bulk insert leaves no defaults in the objects.
     """
     adapter = spec.adapter or spec.name
     taken_by = session.scalar(select(Job.id).where(Job.adapter == adapter))
@@ -155,6 +156,7 @@ def create_job(
             f"POST /v1/jobs/{taken_by}/tasks, or give another name in `adapter`",
             code="adapter_name_taken",
         )
+    now = utc_now()
     job = Job(
         id=new_id("job"),
         name=spec.name,
@@ -168,22 +170,21 @@ def create_job(
         owner=owner,
         priority=spec.priority,
         num_tasks=len(planned),
+        num_committed=0,
+        progress={},
         last_event=0,
+        created_at=now,
+        updated_at=now,
     )
     created = {"name": job.name, "adapter": job.adapter, "num_tasks": len(planned)}
     events = [next_event(job, "job.created", created)]
     run = _new_run(job, [], [plan.index for plan in planned])
     events.append(next_event(job, "run.queued", _queued_data(run), run_id=run.id))
-    session.add(job)
+    tasks = _new_tasks(run, spec.tasks, planned)
     try:
-        session.flush()
+        session.bulk_save_objects([job, run, *tasks, *events])
     except IntegrityError as error:  # another replica was faster
         raise Conflict(f"adapter name {adapter!r} was just taken", code="adapter_name_taken") from error
-    session.add(run)
-    session.flush()
-    tasks = _new_tasks(run, spec.tasks, planned)
-    session.add_all([*tasks, *events])
-    session.flush()
     return NewJob(job, run, tasks)
 
 
@@ -357,6 +358,7 @@ def _new_run(job: Job, earlier: Sequence[Run], task_indexes: list[Any]) -> Run:
         message=f"waits for run {waits_for[-1].number} of this job" if waits_for else WAITS_FOR_PLACE,
         task_indexes=task_indexes,
         deadline_at=None if deadline_s is None else now + timedelta(seconds=deadline_s),
+        attempts_without_commit=0,
         created_at=now,
     )
 

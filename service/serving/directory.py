@@ -20,6 +20,8 @@ from service.serving.engine import AdapterRef
 from service.specs import NAME_PATTERN
 
 OWNER = "cl-peft"
+Place = tuple[str, int]
+"""Where a card is in the list: adapter, and version or 0 for its bare name."""
 _BASE = "base:"
 """Begins the cursor of a page that ends in a base model."""
 _VERSIONS = select(
@@ -27,9 +29,9 @@ _VERSIONS = select(
     AdapterVersion.version,
     AdapterVersion.created_at,
     AdapterVersion.task_name,
-    AdapterVersion.manifest["base_model"]["id"].as_string().label("base_model"),
     AdapterVersion.manifest["data_format"].as_string().label("data_format"),
-)
+    Job.base_model_id.label("base_model"),
+).join(Job, Job.id == AdapterVersion.job_id)
 """What a card shows; a whole manifest is several kilobytes."""
 
 
@@ -85,9 +87,8 @@ class ModelDirectory:
         name, _, version = after.partition("@v")
         seen = int(version) if version.isdigit() else 0
         with self._sessions.read() as session:
-            cards = [] if last_base else self._adapter_cards(session, name, limit + 2)
-            if after:
-                cards = [(at, card) for at, card in cards if at > (name, seen)]
+            place = (name, seen) if after else ("", -1)
+            cards = [] if last_base else self._adapter_cards(session, place, limit + 1)
             if len(cards) <= limit:
                 times = sorted(self._base_times(session).items())
                 cards += [((_BASE, 0), _base_card(base, at)) for base, at in times if base > last_base]
@@ -124,21 +125,27 @@ class ModelDirectory:
         return found | {info.name: int(info.path.stat().st_mtime) for info in list_models(self._models_dir)}
 
     @staticmethod
-    def _adapter_cards(
-        session: Session, first: str, num_adapters: int
-    ) -> list[tuple[tuple[str, int], dict[str, Any]]]:
-        """Return the cards of so many adapters from this name on, each with its place: name, version or 0."""
-        wanted = select(Adapter.name).where(Adapter.name >= first).order_by(Adapter.name).limit(num_adapters)
-        names = session.scalars(wanted).all()
-        aliases = registry.aliases_of_all(session, names)
-        order = (AdapterVersion.adapter, AdapterVersion.version)
-        rows = session.execute(_VERSIONS.where(AdapterVersion.adapter.in_(names)).order_by(*order)).all()
-        cards = []
-        for name, group in groupby(rows, key=lambda row: str(row.adapter)):
-            versions = {row.version: _version_card(row, aliases[name]) for row in group}
-            if registry.DEFAULT_ALIAS in aliases[name]:
-                cards.append(((name, 0), {**versions[aliases[name][registry.DEFAULT_ALIAS]], "id": name}))
-            cards += [((name, number), card) for number, card in versions.items()]
+    def _adapter_cards(session: Session, after: Place, most: int) -> list[tuple[Place, dict[str, Any]]]:
+        """Return cards of adapters with their places, in order; a few more than `most` if there are more."""
+        cards: list[tuple[Place, dict[str, Any]]] = []
+        at_once = most // 4 + 1  # an adapter of three versions has four cards
+        from_here = Adapter.name >= after[0]
+        while len(cards) < most:
+            wanted = select(Adapter.name).where(from_here).order_by(Adapter.name).limit(at_once)
+            names = session.scalars(wanted).all()
+            aliases = registry.aliases_of_all(session, names)
+            order = (AdapterVersion.adapter, AdapterVersion.version)
+            rows = session.execute(_VERSIONS.where(AdapterVersion.adapter.in_(names)).order_by(*order)).all()
+            for name, group in groupby(rows, key=lambda row: str(row.adapter)):
+                versions = {row.version: _version_card(row, aliases[name]) for row in group}
+                if registry.DEFAULT_ALIAS in aliases[name]:
+                    newest = versions[aliases[name][registry.DEFAULT_ALIAS]]
+                    cards.append(((name, 0), {**newest, "id": name}))
+                cards += [((name, number), card) for number, card in versions.items()]
+            cards = [(place, card) for place, card in cards if place > after]
+            if len(names) < at_once:
+                break
+            from_here = Adapter.name > names[-1]
         return cards
 
 

@@ -80,7 +80,7 @@ def list_events(stand: Stand, job_id: str) -> list[dict[str, Any]]:
         after = found[-1]["id"] if found else 0
         answer = httpx.get(
             f"{stand.api_url}/v1/jobs/{job_id}/events",
-            params={"after": after, "limit": 1000},
+            params={"after": after, "limit": 500},
             timeout=30,
             trust_env=False,
         )

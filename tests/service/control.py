@@ -104,7 +104,8 @@ class Service:
 
     def event_types(self, job_id: str) -> list[str]:
         """Return the types of all events of a job."""
-        page = self.client.get(f"/v1/jobs/{job_id}/events", params={"limit": 1000}).json()
+        page = self.client.get(f"/v1/jobs/{job_id}/events", params={"limit": 500}).json()
+        assert not page["has_more"]
         return [event["type"] for event in page["data"]]
 
     def holdings(self) -> tuple[dict[str, int], list[str]]:

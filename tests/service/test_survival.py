@@ -42,8 +42,8 @@ def test_a_step_that_is_trained_again_is_one_metric_with_its_newest_value(servic
         (3, 2, {"loss": 1.0}),
     ]
     paged = service.client.get(f"/v1/jobs/{job['id']}/metrics", params={"limit": 2}).json()
-    assert (len(paged["data"]), paged["has_more"], paged["next_cursor"]) == (2, True, "2")
-    rest = service.client.get(f"/v1/jobs/{job['id']}/metrics", params={"limit": 2, "after": 2}).json()
+    assert (len(paged["data"]), paged["has_more"], paged["next_cursor"]) == (2, True, "0.2")
+    rest = service.client.get(f"/v1/jobs/{job['id']}/metrics", params={"limit": 2, "after": "0.2"}).json()
     assert [row["step"] for row in rest["data"]] == [3]
     unknown = service.client.get(f"/v1/jobs/{job['id']}/metrics", params={"task": "two"})
     assert (unknown.status_code, unknown.json()["code"]) == (404, "task_not_found")
