@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from typing import Any
 
+import httpx
 import pytest
 
 from clcore.engine.registry import STRATEGIES
@@ -351,3 +353,25 @@ def test_attempts_and_progress_are_shown(service: Service) -> None:
     ]
     assert service.runner.states == {f"{run}-a1": RayJobState.RUNNING}
     assert service.client.get(f"/v1/runs/{run}").json()["state"] == "running"
+
+
+def test_more_readers_than_threads_and_connections_are_all_answered(service: Service) -> None:
+    job = service.submit("one")
+    paths = [
+        "/v1/jobs",
+        f"/v1/jobs/{job['id']}",
+        f"/v1/jobs/{job['id']}/runs",
+        "/v1/datasets",
+        "/v1/adapters",
+    ]
+
+    async def read_all() -> list[int]:
+        num_readers = 150
+        limits = httpx.Limits(max_connections=num_readers)
+        async with httpx.AsyncClient(
+            base_url=str(service.client.base_url), limits=limits, timeout=120, trust_env=False
+        ) as client:
+            asked = [client.get(paths[number % len(paths)]) for number in range(num_readers)]
+            return [answer.status_code for answer in await asyncio.gather(*asked)]
+
+    assert set(asyncio.run(read_all())) == {200}
