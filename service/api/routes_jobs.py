@@ -8,7 +8,6 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Body, Depends, Query
 from fastapi.responses import PlainTextResponse, Response, StreamingResponse
 from pydantic import Field, ValidationError
-from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from service.adapters.logs import DRIVER, log_processes, log_text
@@ -21,7 +20,7 @@ from service.api.deps import (
     StorageDep,
 )
 from service.api.problems import invalid_from
-from service.api.views import AttemptView, JobSummary, JobView, Page, RunView, job_view, task_view
+from service.api.views import AttemptView, JobSummary, JobView, Page, RunView, answer, job_view, task_view
 from service.basemodels import find_base_model
 from service.db.tables import Dataset, Job
 from service.errors import Invalid, NotFound, Problem, Unavailable
@@ -67,10 +66,10 @@ class JobPlan(Spec):
     num_steps: int
 
 
-@router.post("/jobs", status_code=201)
+@router.post("/jobs", status_code=201, response_model=JobView)
 def submit(
     spec: JobSpec, settings: SettingsDep, sessions: SessionsDep, reconciler: ReconcilerDep, owner: OwnerDep
-) -> JobView:
+) -> Response:
     """Submit a job; its first run starts when the cluster has a place for it."""
     spec, path = _resolve(spec, settings)
     with sessions.write() as session:
@@ -78,7 +77,8 @@ def submit(
         planned = _plan(session, spec.tasks, spec)
         new = repository.create_job(session, spec, planned, base_model_path=path, owner=owner)
     reconciler.wake()
-    return job_view(new.job, [task_view(task) for task in new.tasks], [RunView.model_validate(new.run)])
+    runs = [RunView.model_validate(new.run)]
+    return answer(job_view(new.job, [task_view(task) for task in new.tasks], runs), status_code=201)
 
 
 @router.post("/jobs:plan")
@@ -244,10 +244,9 @@ def _plan(
     session: Session, tasks: Sequence[TaskSpec], spec: JobSpec, **options: Any
 ) -> tuple[PlannedTask, ...]:
     ids = {found for task in tasks for found in (task.dataset, task.eval_dataset) if found is not None}
-    rows = session.scalars(select(Dataset).where(Dataset.id.in_(ids)))
     datasets = {
-        row.id: KnownDataset(planned=repository.planned_dataset(session, row.id), format=row.format)
-        for row in rows
+        row.id: KnownDataset(planned=repository.planned_dataset(row), format=row.format)
+        for row in repository.datasets_of(session, ids)
     }
     _check_general(session, spec)
     return plan_tasks(tasks, training=spec.training, datasets=datasets, **options)

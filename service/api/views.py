@@ -212,9 +212,9 @@ class EvalMatrix(BaseModel):
     """Scalar -> low and high end, from resampling the evaluation rows; null where there are too few."""
 
 
-def answer(view: BaseModel) -> Response:
+def answer(view: BaseModel, status_code: int = 200) -> Response:
     """Send a view as it is; FastAPI would check each of its parts once more."""
-    return Response(view.model_dump_json(), media_type="application/json")
+    return Response(view.model_dump_json(), status_code, media_type="application/json")
 
 
 def task_view(task: Task) -> TaskView:

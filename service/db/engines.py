@@ -90,6 +90,8 @@ def _sqlite(url: URL, *, migrates: bool) -> Engine:
         for pragma in (
             "journal_mode=WAL",
             "synchronous=NORMAL",
+            # pages go back into the database every 16 MB, not every 4: most are written again meanwhile
+            "wal_autocheckpoint=4000",
             # a migration makes a table anew and drops the old one, to which others still point
             f"foreign_keys={'OFF' if migrates else 'ON'}",
             f"busy_timeout={BUSY_TIMEOUT_S * 1000}",

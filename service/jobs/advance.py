@@ -153,7 +153,7 @@ def _store_plan(parts: Parts, run_id: str) -> None:
         general = spec.evaluation.general
         own_set = None
         if general is not None and general != "default":
-            own_set = repository.planned_dataset(session, general)
+            own_set = repository.planned_dataset(repository.get_dataset(session, general))
         plan = plan_run(
             spec,
             run_id=run_id,

@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from datetime import timedelta
 from typing import Any, NamedTuple
 
-from sqlalchemy import func, select
+from sqlalchemy import bindparam, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, defer
 
@@ -39,6 +39,11 @@ _SHOWN_RUN_STATES = FINAL_RUN_STATES | STOPPING_RUN_STATES | WAITING_RUN_STATES
 """Changes to these are events; the others have events of their own, such as run.submitted."""
 
 
+# Of every submission; to make a statement anew takes longer than to run it.
+_DATASETS = select(Dataset).where(Dataset.id.in_(bindparam("ids", expanding=True)))
+_TAKEN_BY = select(Job.id).where(Job.adapter == bindparam("adapter"))
+
+
 class NewJob(NamedTuple):
     """What create_job stored."""
 
@@ -58,9 +63,13 @@ def get_dataset(session: Session, dataset_id: str) -> Dataset:
     return found
 
 
-def planned_dataset(session: Session, dataset_id: str) -> PlannedDataset:
-    """Return a data set as a worker finds it. Raises NotFound."""
-    row = get_dataset(session, dataset_id)
+def datasets_of(session: Session, ids: Collection[str]) -> Sequence[Dataset]:
+    """Return the data sets of these ids that there are."""
+    return session.scalars(_DATASETS, {"ids": list(ids)}).all()
+
+
+def planned_dataset(row: Dataset) -> PlannedDataset:
+    """Return a data set as a worker finds it."""
     return PlannedDataset(id=row.id, path=dataset_key(row.id), sha256=row.sha256, num_rows=row.num_rows)
 
 
@@ -149,7 +158,7 @@ def create_job(
     value here: a bulk insert leaves no defaults in the objects.
     """
     adapter = spec.adapter or spec.name
-    taken_by = session.scalar(select(Job.id).where(Job.adapter == adapter))
+    taken_by = session.scalar(_TAKEN_BY, {"adapter": adapter})
     if taken_by is not None:
         raise Conflict(
             f"adapter name {adapter!r} belongs to job {taken_by}: append tasks to it with "
