@@ -160,18 +160,24 @@ def interrupt_on_signals() -> None:
 
 @contextlib.contextmanager
 def uninterrupted() -> Iterator[None]:
-    """Let a clean-up finish: a second Ctrl-C inside the block does nothing."""
+    """Let a clean-up finish: Ctrl-C inside the block does nothing, SIGTERM and SIGHUP count at its end."""
     if threading.current_thread() is not threading.main_thread():  # other threads get no signals
         yield
         return
-    before = {
-        kind: signal.signal(kind, signal.SIG_IGN) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    }
+    arrived: list[int] = []
+
+    def note(kind: int, _frame: Any) -> None:
+        arrived.append(kind)
+
+    before = {kind: signal.signal(kind, note) for kind in (signal.SIGTERM, signal.SIGHUP)}
+    before[signal.SIGINT] = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         yield
     finally:
         for kind, handler in before.items():
             signal.signal(kind, handler)
+        if arrived:
+            signal.raise_signal(arrived[0])
 
 
 class MemoryWatch:

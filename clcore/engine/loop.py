@@ -88,7 +88,10 @@ class StepReport:
 
 @dataclasses.dataclass(frozen=True)
 class FitResult:
-    """How a task ended. Counts are over all workers, times are this worker's."""
+    """How a task ended. Counts are over all workers, times are this worker's.
+
+    Both include what a resumed state had counted.
+    """
 
     is_stopped: bool
     num_steps: int
@@ -141,7 +144,7 @@ def fit_task(
         raise StateError(
             f"task {task_id!r} started from other parameters: resume with the model as it was before the task"
         )
-    clock = _Clock()
+    clock = _Clock(resume or {})
     with clock.strategy():
         if resume:
             strategy.load_state_dict(resume["strategy"])
@@ -155,8 +158,13 @@ def fit_task(
         dataset = strategy.before_training(task_id, dataset)
     first_step = _restore(resume, params, optimizer) if resume else 0
     order = _RowOrder(len(dataset), derive_seed(config.seed, task_id, "order"))
-    totals, loss, is_stopped = np.zeros(3, dtype=np.int64), math.nan, False
+    totals = np.array((resume or {}).get("totals", (0, 0, 0)), dtype=np.int64)
+    loss, is_stopped = math.nan, False
     wrapped.train()
+
+    def state_after(step: int) -> dict[str, Any]:
+        counted = {"start": start, "totals": totals.tolist(), **clock.state()}
+        return {"step": step, **counted, **_training_state(params, optimizer, strategy)}
 
     # bf16 would round away much of what the earlier pairs add to a weight.
     with folded_pairs(wrapped) if config.precision == "fp32" else nullcontext():
@@ -164,7 +172,7 @@ def fit_task(
             # Before mix_batch: a state taken here must not have seen this step's draw.
             if parallel.sum_over_ranks([float(parallel.rank() == 0 and should_stop())])[0]:
                 is_stopped = True
-                on_checkpoint(_training_state(step, start, params, optimizer, strategy))
+                on_checkpoint(state_after(step))
                 break
             rows = [dataset[i] for i in order.take(step * config.batch_size, config.batch_size)]
             with clock.strategy():
@@ -199,7 +207,7 @@ def fit_task(
                 on_step(report)
             due = config.checkpoint_every_steps and (step + 1) % config.checkpoint_every_steps == 0
             if due and step + 1 < config.num_steps:
-                on_checkpoint(_training_state(step + 1, start, params, optimizer, strategy))
+                on_checkpoint(state_after(step + 1))
 
     optimizer.zero_grad(set_to_none=True)
     metrics: Mapping[str, float] = {}
@@ -295,24 +303,13 @@ class _RowOrder:
         return int(self._permutation[offset])
 
 
-def _training_state(
-    step: int, start: str, params: Params, optimizer: torch.optim.Optimizer, strategy: Strategy
-) -> dict[str, Any]:
-    """Everything that the next step depends on beside data, base model and memory.
-
-    start: digest of the parameters that the task started from.
-    """
+def _training_state(params: Params, optimizer: torch.optim.Optimizer, strategy: Strategy) -> dict[str, Any]:
+    """Everything that the next step depends on beside its number, data, base model and memory."""
     moments = [
         {key: value.detach().clone() for key, value in optimizer.state[parameter].items()}
         for parameter in params.values()
     ]
-    return {
-        "step": step,
-        "start": start,
-        "params": params.copies(),
-        "optimizer": moments,
-        "strategy": strategy.state_dict(),
-    }
+    return {"params": params.copies(), "optimizer": moments, "strategy": strategy.state_dict()}
 
 
 def _restore(state: Mapping[str, Any], params: Params, optimizer: torch.optim.Optimizer) -> int:
@@ -327,11 +324,15 @@ def _restore(state: Mapping[str, Any], params: Params, optimizer: torch.optim.Op
 
 
 class _Clock:
-    """Seconds of training since the start, and how many of them went into strategy hooks."""
+    """Seconds of a task's training, and how many of them went into strategy hooks."""
 
-    def __init__(self) -> None:
+    def __init__(self, resume: Mapping[str, Any]) -> None:
         self.start = self.last = time.perf_counter()
-        self.strategy_s = 0.0
+        self.earlier_s = float(resume.get("train_s", 0.0))
+        self.strategy_s = float(resume.get("strategy_s", 0.0))
+
+    def state(self) -> dict[str, float]:
+        return {"train_s": self.total_s, "strategy_s": self.strategy_s}
 
     @contextmanager
     def strategy(self) -> Any:
@@ -349,7 +350,7 @@ class _Clock:
 
     @property
     def total_s(self) -> float:
-        return time.perf_counter() - self.start
+        return self.earlier_s + time.perf_counter() - self.start
 
     def report(
         self, step: int, first_step: int, num_steps: int, loss: float, learning_rate: float, num_tokens: int

@@ -42,7 +42,7 @@ def test_resuming_from_files_equals_the_straight_run_bit_for_bit_with_ewc_and_re
     how: str, tmp_path: Path
 ) -> None:
     model, session = after_first_task(dropout=0.2)
-    second_task(model, session)
+    whole = second_task(model, session)
     straight, straight_memory = trainable(model), session.read("ewc")["importance"]
 
     model, session = after_first_task(dropout=0.2)
@@ -59,8 +59,14 @@ def test_resuming_from_files_equals_the_straight_run_bit_for_bit_with_ewc_and_re
     save_state(tmp_path, "training", states[0], generation="g")
 
     model, session = after_first_task(dropout=0.2)
-    second_task(model, session, resume=load_state(tmp_path, "training", generation="g"))
+    state = load_state(tmp_path, "training", generation="g")
+    resumed_task = second_task(model, session, resume=state)
     assert_close(trainable(model), straight)
+    for name in ("label_tokens", "total_tokens", "replay_tokens", "final_loss"):
+        assert getattr(resumed_task, name) == getattr(whole, name), name
+    assert whole.replay_tokens > 0
+    assert resumed_task.train_s > state["train_s"] > 0
+    assert resumed_task.strategy_s > state["strategy_s"] > 0
     resumed = session.read("ewc")["importance"]
     assert all((resumed[name] == value).all() for name, value in straight_memory.items())
 

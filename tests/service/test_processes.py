@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 
-from service.processes import MARKER, MemoryWatch, ProcessRef, end_family, family, free_ports, refer_to, spawn
+from service.processes import (
+    MARKER,
+    MemoryWatch,
+    ProcessRef,
+    end_family,
+    family,
+    free_ports,
+    interrupt_on_signals,
+    refer_to,
+    spawn,
+    uninterrupted,
+)
 
 STUBBORN = """
 import os, signal, subprocess, sys, time
@@ -90,3 +102,33 @@ def test_the_memory_watch_sees_this_process_and_the_service(tmp_path: Path) -> N
         watch.include([root], marker)
         wait_for(lambda: watch.peak_bytes > alone + 90 * 2**20)
         assert end_family([root], marker) == []
+
+
+@pytest.fixture
+def own_handlers() -> Iterator[None]:
+    """Handlers of signals as before the test."""
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    yield
+    for kind, handler in before.items():
+        signal.signal(kind, handler)
+
+
+@pytest.mark.usefixtures("own_handlers")
+def test_a_clean_up_is_finished_before_a_signal_ends_the_program() -> None:
+    steps = []
+
+    def clean_up() -> None:
+        with uninterrupted():
+            signal.raise_signal(signal.SIGINT)
+            with uninterrupted():
+                signal.raise_signal(signal.SIGTERM)
+                steps.append("inner")
+            steps.append("outer")
+        steps.append("after")
+
+    interrupt_on_signals()
+    with pytest.raises(KeyboardInterrupt):
+        clean_up()
+    assert steps == ["inner", "outer"]
+    with uninterrupted():
+        signal.raise_signal(signal.SIGINT)  # one who presses Ctrl-C again wants the same

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from clcore.engine.memory import MemorySession
 from clcore.engine.tasks import encode_row
 from clcore.strategies.replay_experience import ExperienceReplay
-from service.adapters.storage import Storage, events_key, outcome_key, task_key, tensorboard_key
+from service.adapters.storage import Storage, events_key, outcome_key, plan_key, task_key, tensorboard_key
 from service.adapters.version_files import read_manifest
 from service.memory.actor import NAMESPACE, actor_name, start_memory
 from service.memory.client import ActorMemory
@@ -333,3 +333,21 @@ def test_the_memory_actor_survives_a_kill_with_what_it_had_answered(
     assert memory.write("op2", 1, {"s": {"count": 9}}, {}) == 2  # a repeated write is answered, not applied
     assert memory.read(2, "s")["count"] == 2
     ray.kill(ray.get_actor(actor_name("run_k", 1), namespace=NAMESPACE))
+
+
+def test_what_one_worker_alone_cannot_do_is_the_runs_outcome(
+    ray_head: RayHead, model: Path, tmp_path: Path
+) -> None:
+    storage = Storage(f"file://{tmp_path}/storage")
+    plan = put_plan(storage, model, "run_alone", num_tasks=1, steps=2)
+    rows = letter_rows(4, 1)
+    rows[1] = {**rows[1], "prompt": ""}  # of four rows, worker 1 is asked rows 1 and 3
+    bad = put_dataset(storage, "ds_bad", rows)
+    tasks = (plan.tasks[0].model_copy(update={"eval_dataset": bad}),)
+    plan = plan.model_copy(update={"tasks": tasks})
+    storage.write_json(plan_key(plan.run_id), plan.model_dump(mode="json"))
+    process = start_driver(ray_head, storage, plan.run_id, 1)
+    assert process.wait(240) == 0
+    outcome = storage.read_json(outcome_key(plan.run_id, 1))
+    assert (outcome["state"], outcome["reason"]) == ("failed", "data_error")
+    assert "row 1: the prompt has no tokens" in outcome["message"]

@@ -70,6 +70,9 @@ def results(storage: Storage, plan: RunPlan, attempt: int) -> dict[str, bytes]:
             key: manifest[key] for key in ("scores", "base_scores", "before_scores", "general", "curve")
         }
         found[f"{task.name}/scores"] = json.dumps(scores, sort_keys=True).encode()
+        counts = {key: value for key, value in manifest["training"].items() if not key.endswith("_s")}
+        assert {"label_tokens", "total_tokens", "replay_tokens", "final_loss"} <= counts.keys()
+        found[f"{task.name}/counts"] = json.dumps(counts, sort_keys=True).encode()
         kept = ("adapter/adapter_model.safetensors", "state/memory.safetensors", *SETS)
         for name in kept:
             path = (
