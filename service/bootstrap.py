@@ -13,12 +13,14 @@ from fastapi import FastAPI
 from service.adapters.storage import Storage
 from service.api.app import create_app
 from service.api.routes_catalogue import strategy_choices
+from service.db.commands import clear_errors
 from service.db.session import open_database
 from service.jobs.runner import RayJobRunner
 from service.reconciler import Reconciler
 from service.serving.deploy import keep_deployed
 from service.settings import Settings
 
+logger = logging.getLogger(__name__)
 KEEP_ALIVE_S = 75
 """How long an idle connection stays open: longer than clients and proxies keep theirs (5 to 60 s), because a
 request is lost when the server closes first."""
@@ -56,7 +58,7 @@ def serve_api(settings: Settings) -> None:
     stopping = threading.Event()
     threading.Thread(target=_warm_up, name="warm-up", daemon=True).start()
     thread = threading.Thread(
-        target=keep_deployed, args=(settings, stopping), name="deploy-serve", daemon=True
+        target=_serve_models, args=(settings, stopping), name="deploy-serve", daemon=True
     )
     thread.start()
     try:
@@ -72,6 +74,13 @@ def serve_api(settings: Settings) -> None:
     finally:
         stopping.set()
         thread.join()
+
+
+def _serve_models(settings: Settings, stopping: threading.Event) -> None:
+    if settings.serve_url:
+        keep_deployed(settings, stopping)
+    else:
+        logger.info("no CLPEFT_SERVE_URL is set: nothing is served")
 
 
 def _warm_up() -> None:
@@ -90,4 +99,5 @@ def _set_up_logging() -> None:
 
 
 if __name__ == "__main__":
-    serve_api(Settings())
+    with clear_errors():
+        serve_api(Settings())

@@ -53,10 +53,12 @@ def main() -> None:
         app()
     except (ApiError, EmbeddedError, ModelError) as error:
         fail(str(error))
+    except (NotADirectoryError, PermissionError) as error:
+        fail(f"{error.filename}: {error.strerror}")
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         name = "_".join(map(str, first["loc"])).upper()
-        fail(f"setting CLPEFT_{name}: {first['msg']}, got {first['input']!r}")
+        fail(f"setting CLPEFT_{name}: {first['msg'].removeprefix('Value error, ')}, got {first['input']!r}")
 
 
 def fail(text: str) -> None:
@@ -337,7 +339,7 @@ def cancel(job: Annotated[str, typer.Argument(metavar="JOB")]) -> None:
 
 @app.command(rich_help_panel=JOBS)
 def pause(job: Annotated[str, typer.Argument(metavar="JOB")]) -> None:
-    """Stop a job at its next step and keep its place; others may use the machine meanwhile."""
+    """Stop a job at its next step, to go on from there later; its place is free for others meanwhile."""
     with connect() as client:
         found = client.pause(job)
     out.print(f"job {job} is {found['state']}; go on with: clpeft resume {job}", soft_wrap=True)

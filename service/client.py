@@ -57,8 +57,14 @@ class Client:
     def __init__(self, url: str, *, timeout_s: float = 60.0, reconnect_s: float = 60.0) -> None:
         """Name the service. A cut event stream is taken up again for reconnect_s seconds."""
         self.url = url.rstrip("/")
+        try:
+            host = httpx.URL(self.url).host
+        except httpx.InvalidURL as error:
+            raise ApiError(
+                f"{url!r} is no address of a service ({error}); it must be like http://host:8321"
+            ) from error
         # a service on this machine is never behind a proxy, and the environment may name one
-        local = httpx.URL(self.url).host in ("127.0.0.1", "localhost", "::1")
+        local = host in ("127.0.0.1", "localhost", "::1")
         self._http = httpx.Client(base_url=self.url, timeout=timeout_s, trust_env=not local)
         self._reconnect_s = reconnect_s
 

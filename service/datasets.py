@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractContextManager, asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from anyio import CancelScope
 from anyio.to_thread import run_sync
 
-from service.adapters.storage import Storage, dataset_key
+from service.adapters.storage import Storage, StorageError, dataset_key, outputs_key, unowned_key
 from service.errors import Invalid, Problem, TooLarge
 
 T = TypeVar("T")
@@ -190,6 +190,30 @@ async def store_rows(
         sha256=reader.digest.hexdigest(),
         statistics=reader.statistics(),
     )
+
+
+@asynccontextmanager
+async def unowned(storage: Storage, dataset_id: str) -> AsyncIterator[None]:
+    """Mark the data set's files as nobody's until the block ends; after an error they are removed.
+
+    What is marked and unknown to the database is cleaned up later (service.jobs.clean). Raises StorageError.
+    """
+    await run_sync(storage.write_bytes, unowned_key(dataset_id), b"")
+    try:
+        yield
+    except BaseException:
+        with CancelScope(shield=True), suppress(StorageError):
+            await run_sync(remove_files, storage, dataset_id)
+        raise
+    with suppress(StorageError):
+        await run_sync(storage.delete, unowned_key(dataset_id))
+
+
+def remove_files(storage: Storage, dataset_id: str) -> None:
+    """Remove a data set's rows and what models answered to them; the mark goes last. Raises StorageError."""
+    storage.delete(outputs_key(dataset_id))
+    storage.delete(dataset_key(dataset_id))
+    storage.delete(f"datasets/{dataset_id}")
 
 
 @asynccontextmanager

@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import httpx
 import psutil
@@ -100,7 +101,7 @@ def up(settings: Settings, *, progress: Progress = lambda _: None) -> EmbeddedSt
     with _lock(home):
         state = read_state(home)
         if state is not None and state.ray.is_alive() and state.api_runs:
-            return state
+            return _running(settings, state)
         if state is not None and not state.ray.is_alive():
             progress("removing what an earlier service left")
             _end(state)
@@ -131,6 +132,23 @@ def up(settings: Settings, *, progress: Progress = lambda _: None) -> EmbeddedSt
             if isinstance(error, RayStartError):
                 raise EmbeddedError(str(error)) from error
             raise
+    return state
+
+
+def _running(settings: Settings, state: EmbeddedState) -> EmbeddedState:
+    """Wait for what an earlier call started, perhaps one that was killed meanwhile."""
+    port = urlsplit(state.api_url).port
+    if "port" in settings.model_fields_set and settings.port not in (0, port):
+        raise EmbeddedError(
+            f"the service runs already, on port {port}; "
+            f"end it with 'clpeft down' to start it on {settings.port}"
+        )
+    try:
+        wait_ray(state.ray)
+    except RayStartError as error:
+        raise EmbeddedError(str(error)) from error
+    _wait_api(state)
+    _wait_serve(embedded_settings(settings, state))
     return state
 
 

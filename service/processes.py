@@ -40,8 +40,13 @@ class ProcessRef(BaseModel):
 
 
 def spawn(command: Sequence[str], variables: Mapping[str, str], log_path: Path) -> ProcessRef:
-    """Start a program in a session of its own that outlives this process; its output goes to a log file."""
+    """Start a program in a session of its own that outlives this process; its output goes to a log file.
+
+    The log of the process before it is kept beside that, with .1 at its end.
+    """
     log_path.parent.mkdir(parents=True, exist_ok=True)
+    if log_path.exists():
+        log_path.replace(log_path.with_name(f"{log_path.name}.1"))
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     pid = os.posix_spawn(
         command[0],

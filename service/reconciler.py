@@ -82,7 +82,7 @@ class Reconciler:
                 if isinstance(error, SQLAlchemyError) and is_away(error):
                     self._warn("the reconciler", f"the database does not answer: {_first_line(error)}")
                 else:
-                    logger.exception("the reconciler's tick failed; the next one tries again")
+                    self._complain("the reconciler", "the tick failed; the next one tries again", error)
             self._awake.wait(self._settings.poll_interval_s)
         try:
             self._release()
@@ -154,13 +154,20 @@ class Reconciler:
         except Exception as error:
             if isinstance(error, SQLAlchemyError) and is_away(error):
                 raise
-            logger.exception("run %s could not be looked at; the next tick tries again", run_id)
+            self._complain(run_id, "could not be looked at; the next tick tries again", error)
 
     def _warn(self, subject: str, text: str) -> None:
         """Log a warning; the same one tick after tick is logged once."""
         if self._warned.get(subject) != text:
             self._warned[subject] = text
             logger.warning("%s: %s", subject, text)
+
+    def _complain(self, subject: str, text: str, error: Exception) -> None:
+        """Log an error of ours with its traceback; the same one tick after tick is logged once."""
+        said = f"{text}: {type(error).__name__}: {error}"
+        if self._warned.get(subject) != said:
+            self._warned[subject] = said
+            logger.error("%s: %s", subject, said, exc_info=error)
 
     def _clean(self, parts: Parts) -> None:
         """Remove files that nobody needs. A store that is away is asked again at another tick."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pydantic import Field, model_validator
+import fsspec
+from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 
@@ -57,6 +58,16 @@ class Settings(BaseSettings):
     """HTTP header in which a proxy that you trust names the caller, such as X-Forwarded-User; places are
     shared fairly between owners. Empty: everything belongs to one owner."""
 
+    @field_validator("storage_url")
+    @classmethod
+    def _is_known_storage(cls, url: str) -> str:
+        protocol, found, _ = url.partition("://")
+        if found and protocol not in fsspec.available_protocols():
+            raise ValueError(
+                f"{protocol}:// is no storage; give a folder, file:///folder or s3://bucket/folder"
+            )
+        return url
+
     @model_validator(mode="after")
     def _fill_defaults(self) -> Settings:
         fill = object.__setattr__  # frozen: the only place that writes
@@ -65,6 +76,8 @@ class Settings(BaseSettings):
             fill(self, "database_url", f"sqlite:///{self.home / 'clpeft.db'}")
         if not self.storage_url:
             fill(self, "storage_url", f"file://{self.home / 'storage'}")
+        elif "://" not in self.storage_url:  # a folder, the same one wherever a process is started
+            fill(self, "storage_url", f"file://{Path(self.storage_url).expanduser().absolute()}")
         if self.models_dir == Path():
             fill(self, "models_dir", self.home / "models")
         return self

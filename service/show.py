@@ -28,6 +28,8 @@ _WORDS = {
     "run.submitted": "starting workers",
     "run.started": "workers are up",
     "run.cancelling": "stopping",
+    "run.pausing": "pausing at the next step",
+    "run.paused": "paused; 'clpeft resume' goes on",
 }
 
 

@@ -1,6 +1,7 @@
 """The storage layout, in one place, over any fsspec file system.
 
 datasets/<dataset>/rows.jsonl
+datasets/<dataset>/unowned              there while it is uploaded or deleted
 outputs/<dataset>/<key>/<segment>       what models answered to its rows; <key> hashes model and settings
 runs/<run>/plan.json                    the RunPlan, written by the control plane before the first attempt
 runs/<run>/desired.json                 {"state": "running" | "paused" | "cancelled", "attempt": n}: what the
@@ -229,6 +230,11 @@ def _reopen(url: str, patience_s: float) -> Storage:
 def dataset_key(dataset_id: str) -> str:
     """Rows of a data set."""
     return f"datasets/{dataset_id}/rows.jsonl"
+
+
+def unowned_key(dataset_id: str) -> str:
+    """Mark of rows that no data set may name: their upload goes on, or their data set is being deleted."""
+    return f"datasets/{dataset_id}/unowned"
 
 
 def outputs_key(dataset_id: str) -> str:

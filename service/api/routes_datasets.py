@@ -9,10 +9,10 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query, Request
 from sqlalchemy import or_, select
 
-from service.adapters.storage import outputs_key
+from service.adapters.storage import StorageError, unowned_key
 from service.api.deps import OwnerDep, SessionsDep, SettingsDep, StorageDep
 from service.api.views import DatasetView, Page
-from service.datasets import UploadLimit, drain, store_rows
+from service.datasets import UploadLimit, drain, remove_files, store_rows, unowned
 from service.db.session import Sessions
 from service.db.tables import Dataset, Job, Task
 from service.errors import Conflict, TooLarge, WrongType
@@ -52,28 +52,25 @@ async def upload(
         await drain(pieces)
         raise limit.exceeded(declared)
     dataset_id = new_id("ds")
-    stored = await store_rows(
-        pieces,
-        storage=storage,
-        dataset_id=dataset_id,
-        limit=limit,
-        max_row_bytes=settings.max_row_bytes,
-    )
-    row = Dataset(
-        id=dataset_id,
-        name=name,
-        format=stored.format,
-        num_rows=stored.num_rows,
-        bytes=stored.bytes,
-        sha256=stored.sha256,
-        statistics=stored.statistics,
-        owner=owner,
-    )
-    try:
+    async with unowned(storage, dataset_id):
+        stored = await store_rows(
+            pieces,
+            storage=storage,
+            dataset_id=dataset_id,
+            limit=limit,
+            max_row_bytes=settings.max_row_bytes,
+        )
+        row = Dataset(
+            id=dataset_id,
+            name=name,
+            format=stored.format,
+            num_rows=stored.num_rows,
+            bytes=stored.bytes,
+            sha256=stored.sha256,
+            statistics=stored.statistics,
+            owner=owner,
+        )
         await run_sync(_add, sessions, row)
-    except BaseException:
-        storage.delete(f"datasets/{dataset_id}")
-        raise
     return DatasetView.model_validate(row)
 
 
@@ -116,9 +113,12 @@ def delete_dataset(dataset_id: str, sessions: SessionsDep, storage: StorageDep) 
         job_id = session.scalar(uses) or session.scalar(general)
         if job_id is not None:
             raise Conflict(f"data set {dataset_id} is used by job {job_id}", code="dataset_in_use")
+        storage.write_bytes(unowned_key(dataset_id), b"")
         session.delete(row)
-    storage.delete(f"datasets/{dataset_id}")
-    storage.delete(outputs_key(dataset_id))
+    try:
+        remove_files(storage, dataset_id)
+    except StorageError as error:
+        logger.warning("files of %s are removed later: %s", dataset_id, error)
 
 
 def _limit(sessions: Sessions, settings: Settings, owner: str) -> UploadLimit:

@@ -82,10 +82,12 @@ def submit(
 
 
 @router.post("/jobs:plan")
-def plan(spec: JobSpec, settings: SettingsDep, sessions: SessionsDep) -> JobPlan:
+def plan(spec: JobSpec, settings: SettingsDep, sessions: SessionsDep, owner: OwnerDep) -> JobPlan:
     """Check a job and fill in its defaults; nothing is stored."""
     spec, path = _resolve(spec, settings)
     with sessions.read() as session:
+        check_quota(session, owner, settings.owner_quota_bytes)
+        repository.check_adapter_name(session, spec.adapter or spec.name)
         tasks = _plan(session, spec.tasks, spec)
     return JobPlan(spec=spec, base_model_path=path, tasks=tasks, num_steps=sum(task.steps for task in tasks))
 

@@ -16,10 +16,11 @@ from alembic.config import Config
 from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from alembic.util import CommandError
-from sqlalchemy import text
+from sqlalchemy import inspect, select, text
 from sqlalchemy.engine import Connection
 
 from service.db.engines import make_engine
+from service.db.tables import LeaseRow, utc_now
 
 BASE = "base"
 """The revision of an empty database."""
@@ -74,9 +75,10 @@ def upgrade(url: str, revision: str = "head") -> SchemaState:
 def downgrade(url: str, revision: str) -> SchemaState:
     """Go down to a revision; what only later ones hold is lost.
 
-    "base" empties the database, "-1" is one step. Raises SchemaError, DatabaseUrlError.
+    "base" empties the database. Raises SchemaError, also while a reconciler works there, DatabaseUrlError.
     """
     with _migration(url) as (connection, config):
+        _check_unused(connection)
         command.downgrade(config, revision)
         return schema_state(connection)
 
@@ -100,6 +102,17 @@ def _migration(url: str) -> Iterator[tuple[Connection, Config]]:
                 _check_foreign_keys(connection)
     finally:
         engine.dispose()
+
+
+def _check_unused(connection: Connection) -> None:
+    if not inspect(connection).has_table(LeaseRow.__tablename__):
+        return
+    held = select(LeaseRow.expires_at).where(LeaseRow.holder != "", LeaseRow.expires_at > utc_now())
+    if connection.scalar(held) is not None:
+        raise SchemaError(
+            "a reconciler works on this database; stop every process of the service first. After a crash, "
+            "its lease ends by itself within seconds (CLPEFT_LEASE_S)"
+        )
 
 
 def _check_foreign_keys(connection: Connection) -> None:

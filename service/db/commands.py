@@ -48,7 +48,7 @@ def downgrade(
 @contextmanager
 def clear_errors() -> Iterator[None]:
     """Make what is wrong with the database one text on stderr and exit code 1."""
-    from sqlalchemy.exc import OperationalError
+    from sqlalchemy.exc import DatabaseError, OperationalError
 
     from service.db.admin import SchemaError
     from service.db.engines import DatabaseUrlError
@@ -57,10 +57,11 @@ def clear_errors() -> Iterator[None]:
         yield
     except (SchemaError, DatabaseUrlError) as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(1) from error
-    except OperationalError as error:
-        typer.echo(f"error: the database does not answer: {error.orig}", err=True)
-        raise typer.Exit(1) from error
+        raise SystemExit(1) from error
+    except DatabaseError as error:
+        said = "does not answer" if isinstance(error, OperationalError) else "cannot be used"
+        typer.echo(f"error: the database {said}: {error.orig}", err=True)
+        raise SystemExit(1) from error
 
 
 @contextmanager

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +101,7 @@ def _sqlite(url: URL, *, migrates: bool) -> Engine:
             connection.execute(f"PRAGMA {pragma}").close()
 
     event.listen(engine, "connect", prepare)
+    event.listen(engine, "begin", _same_file(str(url.database)))
     event.listen(engine, "begin", _begin_sqlite)
     event.listen(engine, "before_cursor_execute", clean_parameters, retval=True)
     return engine
@@ -107,6 +110,25 @@ def _sqlite(url: URL, *, migrates: bool) -> Engine:
 def _begin_sqlite(connection: Connection) -> None:
     writes = connection.get_execution_options().get("clpeft_writes", False)
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _same_file(path: str) -> Callable[[Connection], None]:
+    """Refuse to work once the file was deleted or replaced: what is written then would be lost unseen."""
+    first: list[tuple[int, int]] = []
+
+    def check(_connection: Connection) -> None:
+        try:
+            found = os.stat(path)
+        except FileNotFoundError:
+            found = None
+        inode = (0, 0) if found is None else (found.st_dev, found.st_ino)
+        if not first:
+            first.append(inode)
+        if inode != first[0]:
+            said = f"the database file {path} was deleted or replaced; start the service again"
+            raise OperationalError("BEGIN", None, sqlite3.OperationalError(said))
+
+    return check
 
 
 # ------------------------------------------------------------------------------------------------- PostgreSQL

@@ -158,13 +158,7 @@ def create_job(
     value here: a bulk insert leaves no defaults in the objects.
     """
     adapter = spec.adapter or spec.name
-    taken_by = session.scalar(_TAKEN_BY, {"adapter": adapter})
-    if taken_by is not None:
-        raise Conflict(
-            f"adapter name {adapter!r} belongs to job {taken_by}: append tasks to it with "
-            f"POST /v1/jobs/{taken_by}/tasks, or give another name in `adapter`",
-            code="adapter_name_taken",
-        )
+    check_adapter_name(session, adapter)
     now = utc_now()
     job = Job(
         id=new_id("job"),
@@ -195,6 +189,17 @@ def create_job(
     except IntegrityError as error:  # another replica was faster
         raise Conflict(f"adapter name {adapter!r} was just taken", code="adapter_name_taken") from error
     return NewJob(job, run, tasks)
+
+
+def check_adapter_name(session: Session, adapter: str) -> None:
+    """Raise Conflict when a job has an adapter of this name."""
+    taken_by = session.scalar(_TAKEN_BY, {"adapter": adapter})
+    if taken_by is not None:
+        raise Conflict(
+            f"adapter name {adapter!r} belongs to job {taken_by}: append tasks to it with "
+            f"POST /v1/jobs/{taken_by}/tasks, or give another name in `adapter`",
+            code="adapter_name_taken",
+        )
 
 
 def check_appendable(job: Job) -> None:

@@ -119,6 +119,8 @@ class RayJobRunner:
 
     def _send(self, method: str, path: str, **options: Any) -> httpx.Response:
         headers = {}
+        if not self._client.base_url.host:
+            raise RunnerUnreachable("no Ray dashboard address is set: CLPEFT_RAY_DASHBOARD_URL")
         try:
             if self._token_path is not None:
                 headers["Authorization"] = f"Bearer {self._token_path.read_text().strip()}"

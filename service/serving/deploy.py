@@ -84,7 +84,7 @@ def keep_deployed(settings: Settings, stopping: threading.Event, *, look_every_s
                 deploy(settings)
                 logger.info("Ray Serve has its application at %s", settings.serve_url)
             is_known, said = True, ""
-        except ServingError as error:
+        except (ServingError, ValueError) as error:
             if str(error) != said:
                 said = str(error)
                 logger.warning("Ray Serve: %s", said)
@@ -130,12 +130,12 @@ def _call(settings: Settings, method: str, document: dict[str, Any] | None = Non
             "no Ray dashboard address: set CLPEFT_RAY_DASHBOARD_URL, for example http://127.0.0.1:8265"
         )
     headers = {}
-    if settings.ray_token_path is not None:
-        headers["Authorization"] = f"Bearer {settings.ray_token_path.read_text().strip()}"
     url = settings.ray_dashboard_url.rstrip("/") + _ROUTE
     try:
+        if settings.ray_token_path is not None:
+            headers["Authorization"] = f"Bearer {settings.ray_token_path.read_text().strip()}"
         response = httpx.request(method, url, headers=headers, json=document, timeout=60.0, trust_env=False)
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
         raise ServingError(
             f"the Ray dashboard at {settings.ray_dashboard_url} does not answer: {error}"
         ) from error
@@ -143,7 +143,12 @@ def _call(settings: Settings, method: str, document: dict[str, Any] | None = Non
         raise ServingError(
             f"the Ray dashboard answered {response.status_code} to {method} {_ROUTE}: {response.text[:2000]}"
         )
-    found: dict[str, Any] = response.json() if method == "GET" else {}
+    try:
+        found: dict[str, Any] = response.json() if method == "GET" else {}
+    except ValueError as error:
+        raise ServingError(
+            f"the Ray dashboard answered {method} {_ROUTE} with something else than JSON"
+        ) from error
     return found
 
 

@@ -159,6 +159,9 @@ def test_plan_shows_the_resolved_job_and_stores_nothing(service: Service) -> Non
     assert plan["tasks"][0]["eval_dataset"] == plan["tasks"][0]["dataset"]
     assert plan["spec"]["adapter"] == "demo"
     assert service.holdings() == before
+    assert service.client.post("/v1/jobs", json=body).status_code == 201
+    again = service.client.post("/v1/jobs:plan", json=body)
+    assert (again.status_code, again.json()["code"]) == (409, "adapter_name_taken")
 
 
 def test_jobs_are_listed_in_pages_by_order_and_status(service: Service) -> None:

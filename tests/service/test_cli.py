@@ -324,3 +324,22 @@ def test_a_process_that_cannot_use_its_database_says_why_in_one_text(
     assert said in done.stderr
     assert "secret" not in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_damaged_database_and_wrong_settings_are_one_clear_text(tmp_path: Path) -> None:
+    (tmp_path / "clpeft.db").write_bytes(b"not a database" * 1000)
+    file = tmp_path / "file"
+    file.write_text("")
+    for done, said in (
+        (clpeft("db", "current", home=tmp_path), "the database cannot be used: file is not a database"),
+        (clpeft("api", home=tmp_path), "the database cannot be used: file is not a database"),
+        (
+            clpeft("api", home=tmp_path, storage_url="foo://x"),
+            "CLPEFT_STORAGE_URL: foo:// is no storage",
+        ),
+        (clpeft("status", home=file / "x"), "Not a directory"),
+        (clpeft("jobs", home=tmp_path, url="http://[::1"), "'http://[::1' is no address of a service"),
+    ):
+        assert (done.returncode, done.stderr[:7]) == (1, "error: "), done.stderr
+        assert said in done.stderr
+        assert "Traceback" not in done.stderr

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -13,8 +14,10 @@ import pytest
 from service.db.session import open_database
 from service.jobs.runner import RayJobState
 from service.settings import Settings
-from tests.service.control import Service, run_service, wait_until, write_outcome, write_task
+from tests.service.control import NDJSON, Service, run_service, wait_until, write_outcome, write_task
 from tests.service.postgres import PostgresServer
+
+ROW = b'{"prompt": "q", "completion": "a"}\n'
 
 
 @pytest.fixture
@@ -115,3 +118,23 @@ def test_the_reconciler_goes_on_after_an_absence_and_doubles_nothing(
     assert [
         version["version"] for version in service.client.get("/v1/adapters/first").json()["versions"]
     ] == [1]
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_sqlite_file_that_was_deleted_or_replaced_is_noticed_and_nothing_is_accepted(
+    replaced: bool, settings: Settings, tmp_path: Path
+) -> None:
+    path = tmp_path / "clpeft.db"
+    with run_service(settings, open_database(f"sqlite:///{path}")) as service:
+        service.upload()
+        path.unlink()
+        if replaced:
+            open_database(f"sqlite:///{path}").close()
+        for answer in (
+            service.client.get("/v1/jobs"),
+            service.client.post("/v1/datasets", params={"name": "n"}, content=ROW, headers=NDJSON),
+            service.client.get("/readyz"),
+        ):
+            assert answer.status_code == 503, answer.text
+            assert "was deleted or replaced" in answer.text or "database_unavailable" in answer.text
+        assert "was deleted or replaced" in service.client.get("/readyz").json()["checks"]["database"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from service.db.admin import BASE, SchemaError, current, downgrade, upgrade
 from service.db.engines import make_engine
 from service.db.session import open_database
 from service.db.tables import Table
+from service.jobs.leases import RECONCILER, acquire, release
 from tests.service.first_rows import FIRST_ROWS
 from tests.service.postgres import PostgresServer
 
@@ -78,6 +79,20 @@ def test_the_migrations_make_exactly_the_tables_of_the_code(url: str) -> None:
             assert compare_metadata(context, Table.metadata) == []
         sessions.close()
     assert current(url) == admin.SchemaState(REVISIONS[-1], REVISIONS[-1])
+
+
+def test_nothing_goes_down_while_a_reconciler_works(url: str) -> None:
+    sessions = open_database(url)
+    with sessions.write() as session:
+        lease = acquire(session, RECONCILER, "me", timedelta(minutes=1))
+    assert lease is not None
+    with pytest.raises(SchemaError, match="a reconciler works on this database; stop every process"):
+        downgrade(url, BASE)
+    assert current(url).current == REVISIONS[-1]
+    with sessions.write() as session:
+        release(session, lease)
+    sessions.close()
+    assert downgrade(url, REVISIONS[0]).current == REVISIONS[0]
 
 
 def test_each_step_down_gives_back_exactly_the_schema_before_it(url: str) -> None:

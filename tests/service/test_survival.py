@@ -12,6 +12,8 @@ from sqlalchemy import text
 from sqlalchemy.exc import DatabaseError
 
 from service import ids
+from service.adapters.storage import StorageError, dataset_key, unowned_key
+from service.api import routes_datasets
 from service.ids import new_id
 from service.jobs import repository
 from service.jobs.events import add_event, events_after
@@ -140,15 +142,44 @@ def test_rows_of_uploads_that_were_cut_off_go_after_a_day_and_nothing_else(
 ) -> None:
     kept = service.upload()
     storage = service.storage
+    assert not storage.exists(unowned_key(kept))
     storage.write_bytes("datasets/ours/rows.jsonl", b"not an id of the service")
     names = {}
-    for hours in (23, 25):
+    for what, hours in (("goes on", 23), ("cut off", 25), ("of another database", 25), ("known", 25)):
         now = time.time_ns() - hours * 3600 * 10**9
         monkeypatch.setattr(ids, "time", SimpleNamespace(time_ns=lambda now=now: now))
-        names[hours] = new_id("ds")
-        storage.write_bytes(f"datasets/{names[hours]}/rows.jsonl.0a1b.tmp", b"half")
+        names[what] = service.upload() if what == "known" else new_id("ds")
+        storage.write_bytes(f"datasets/{names[what]}/rows.jsonl.0a1b.tmp", b"half")
+        storage.write_bytes(f"outputs/{names[what]}/key/0.jsonl", b"answers")
+        if what != "of another database":
+            storage.write_bytes(unowned_key(names[what]), b"")
     assert service.reconciler.tick()
-    assert storage.names("datasets") == sorted([kept, names[23], "ours"])
+    left = sorted([kept, names["goes on"], names["of another database"], names["known"], "ours"])
+    assert storage.names("datasets") == left
+    assert names["cut off"] not in storage.names("outputs")
+    assert not storage.exists(unowned_key(names["known"]))
+
+
+def test_a_data_set_whose_files_could_not_be_deleted_is_gone_and_its_files_go_later(
+    service: Service, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time_ns() - 25 * 3600 * 10**9
+    with monkeypatch.context() as patch:
+        patch.setattr(ids, "time", SimpleNamespace(time_ns=lambda: now))
+        dataset = service.upload()
+    storage = service.storage
+    storage.write_bytes(f"outputs/{dataset}/key/0.jsonl", b"answers")
+
+    def fail(*_: object) -> None:
+        raise StorageError("the disk is read-only")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(routes_datasets, "remove_files", fail)
+        assert service.client.delete(f"/v1/datasets/{dataset}").status_code == 204
+    assert service.client.get(f"/v1/datasets/{dataset}").status_code == 404
+    assert storage.exists(dataset_key(dataset))
+    assert service.reconciler.tick()
+    assert (storage.names(f"datasets/{dataset}"), storage.names(f"outputs/{dataset}")) == ([], [])
 
 
 @pytest.mark.parametrize(
