@@ -95,7 +95,9 @@ def _train(storage: Storage, run_id: str, attempt: int) -> Outcome:
     progress = find_progress(storage, plan, attempt)
     if progress.num_done == len(plan.tasks):
         return {"state": "succeeded", "reason": None, "message": ""}
-    ray.init(address="auto", namespace=NAMESPACE, log_to_driver=True)
+    # by this Ray Train's own actors find this cluster where the machine runs another one too
+    address = {name: os.environ[name] for name in ("RAY_ADDRESS",) if name in os.environ}
+    ray.init(address="auto", namespace=NAMESPACE, log_to_driver=True, runtime_env={"env_vars": address})
     wait_s = float(os.environ.get("CLPEFT_CAPACITY_WAIT_S", "5"))
     missing = missing_capacity(plan.training.num_workers, wait_s)
     if missing:
