@@ -17,8 +17,8 @@ from service.db.session import Sessions
 from service.db.tables import Dataset, Job, Task
 from service.errors import Conflict, TooLarge, WrongType
 from service.ids import new_id
+from service.jobs.datasets import get_dataset
 from service.jobs.quota import bytes_left
-from service.jobs.repository import get_dataset
 from service.settings import Settings
 from service.specs import Name
 

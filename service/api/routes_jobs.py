@@ -25,6 +25,7 @@ from service.basemodels import find_base_model
 from service.db.tables import Dataset, Job
 from service.errors import Invalid, NotFound, Problem, Unavailable
 from service.jobs import repository
+from service.jobs.datasets import datasets_of, planned_dataset
 from service.jobs.quota import check_quota
 from service.jobs.runner import RunnerUnreachable
 from service.jobs.states import RunState
@@ -247,8 +248,8 @@ def _plan(
 ) -> tuple[PlannedTask, ...]:
     ids = {found for task in tasks for found in (task.dataset, task.eval_dataset) if found is not None}
     datasets = {
-        row.id: KnownDataset(planned=repository.planned_dataset(row), format=row.format)
-        for row in repository.datasets_of(session, ids)
+        row.id: KnownDataset(planned=planned_dataset(row), format=row.format)
+        for row in datasets_of(session, ids)
     }
     _check_general(session, spec)
     return plan_tasks(tasks, training=spec.training, datasets=datasets, **options)

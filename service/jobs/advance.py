@@ -27,6 +27,7 @@ from service.jobs.attempts import (
     stop_run,
     try_again,
 )
+from service.jobs.datasets import get_dataset, planned_dataset
 from service.jobs.events import add_event
 from service.jobs.ingest import ingest_events, ingest_manifests, open_tasks
 from service.jobs.runner import JobRunner, RayJobState, RunnerRefused
@@ -153,7 +154,7 @@ def _store_plan(parts: Parts, run_id: str) -> None:
         general = spec.evaluation.general
         own_set = None
         if general is not None and general != "default":
-            own_set = repository.planned_dataset(repository.get_dataset(session, general))
+            own_set = planned_dataset(get_dataset(session, general))
         plan = plan_run(
             spec,
             run_id=run_id,

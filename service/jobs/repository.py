@@ -14,8 +14,7 @@ from sqlalchemy import bindparam, func, select
 from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, defer
 
-from service.adapters.storage import dataset_key
-from service.db.tables import DEFAULT_OWNER, Attempt, Dataset, Job, Run, Task, utc_now
+from service.db.tables import DEFAULT_OWNER, Attempt, Job, Run, Task, utc_now
 from service.errors import Conflict, NotFound
 from service.ids import new_id
 from service.jobs.events import add_event, next_event
@@ -30,7 +29,7 @@ from service.jobs.states import (
     TaskState,
     change_state,
 )
-from service.specs import JobSpec, PlannedDataset, PlannedTask, TaskSpec
+from service.specs import JobSpec, PlannedTask, TaskSpec
 
 CANCELLED_BY_USER = "cancelled by the user"
 PAUSED_BY_USER = "paused by the user"
@@ -39,8 +38,7 @@ _SHOWN_RUN_STATES = FINAL_RUN_STATES | STOPPING_RUN_STATES | WAITING_RUN_STATES
 """Changes to these are events; the others have events of their own, such as run.submitted."""
 
 
-# Of every submission; to make a statement anew takes longer than to run it.
-_DATASETS = select(Dataset).where(Dataset.id.in_(bindparam("ids", expanding=True)))
+# made once: every submission runs it, and to make it takes longer than to run it
 _TAKEN_BY = select(Job.id).where(Job.adapter == bindparam("adapter"))
 
 
@@ -53,24 +51,6 @@ class NewJob(NamedTuple):
 
 
 # ------------------------------------------------------------------------------------------------------ reads
-
-
-def get_dataset(session: Session, dataset_id: str) -> Dataset:
-    """Return a data set. Raises NotFound."""
-    found = session.get(Dataset, dataset_id)
-    if found is None:
-        raise NotFound(f"no data set {dataset_id!r}", code="dataset_not_found")
-    return found
-
-
-def datasets_of(session: Session, ids: Collection[str]) -> Sequence[Dataset]:
-    """Return the data sets of these ids that there are."""
-    return session.scalars(_DATASETS, {"ids": list(ids)}).all()
-
-
-def planned_dataset(row: Dataset) -> PlannedDataset:
-    """Return a data set as a worker finds it."""
-    return PlannedDataset(id=row.id, path=dataset_key(row.id), sha256=row.sha256, num_rows=row.num_rows)
 
 
 def get_job(session: Session, job_id: str) -> Job:

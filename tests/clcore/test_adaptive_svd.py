@@ -1,7 +1,5 @@
 """Adaptive SVD: what each source protects, how exactly, and where it finds it.
 
-Long, because each of the three sources runs on LoRA and on full weights.
-
 Longer than other files: the sources of directions are held to the same properties, side by side.
 """
 

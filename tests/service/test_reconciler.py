@@ -1,7 +1,5 @@
 """The reconciler against a Jobs API that lies, dies or is away, and workers that stop anywhere.
 
-Long, because every part that can lie, die or be away has its case, over the same few helpers.
-
 Longer than other files: one short test per promise, and all of them share five small helpers.
 """
 
