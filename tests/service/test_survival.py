@@ -150,6 +150,7 @@ def test_rows_of_uploads_that_were_cut_off_go_after_a_day_and_nothing_else(
         monkeypatch.setattr(ids, "time", SimpleNamespace(time_ns=lambda now=now: now))
         names[what] = service.upload() if what == "known" else new_id("ds")
         storage.write_bytes(f"datasets/{names[what]}/rows.jsonl.0a1b.tmp", b"half")
+        storage.write_bytes(dataset_key(names[what]), b"rows")
         storage.write_bytes(f"outputs/{names[what]}/key/0.jsonl", b"answers")
         if what != "of another database":
             storage.write_bytes(unowned_key(names[what]), b"")
