@@ -58,7 +58,7 @@ def serve_api(settings: Settings) -> None:
     stopping = threading.Event()
     threading.Thread(target=_warm_up, name="warm-up", daemon=True).start()
     thread = threading.Thread(
-        target=_serve_models, args=(settings, stopping), name="deploy-serve", daemon=True
+        target=serve_models, args=(settings, stopping), name="deploy-serve", daemon=True
     )
     thread.start()
     try:
@@ -76,7 +76,8 @@ def serve_api(settings: Settings) -> None:
         thread.join()
 
 
-def _serve_models(settings: Settings, stopping: threading.Event) -> None:
+def serve_models(settings: Settings, stopping: threading.Event) -> None:
+    """Keep the Serve application on the cluster until stopping is set, if the settings name an address."""
     if settings.serve_url:
         keep_deployed(settings, stopping)
     else:

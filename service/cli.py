@@ -91,7 +91,9 @@ def up(
         with out.status("starting") as status:
             state = embedded.up(settings, progress=lambda text: status.update(text))
     except KeyboardInterrupt:
-        out.print("stopped before everything ran; nothing is left")
+        is_gone = embedded.read_state(settings.home) is None
+        left = "nothing is left" if is_gone else "what had run before still runs: 'clpeft status'"
+        out.print(f"stopped before everything ran; {left}")
         raise typer.Exit(130) from None
     out.print(_panel(state))
     if detach:

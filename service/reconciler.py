@@ -31,6 +31,8 @@ from service.jobs.states import AT_WORK_RUN_STATES, STOPPING_RUN_STATES, Reason,
 from service.settings import Settings
 
 CLEAN_UPLOADS_EVERY_S = 3600.0
+_SELF, _FILES = "the reconciler", "unneeded files"
+"""What warnings are about beside runs."""
 logger = logging.getLogger(__name__)
 
 
@@ -50,7 +52,7 @@ class Reconciler:
         self._stopping = threading.Event()
         self._thread: threading.Thread | None = None
         self._warned: dict[str, str] = {}
-        """Subject -> the warning that was logged last."""
+        """Subject -> the warning that holds since it was logged."""
         self._next_clean_up = 0.0
 
     def start(self) -> None:
@@ -75,14 +77,15 @@ class Reconciler:
             self._awake.clear()
             try:
                 self.tick()
+                self._warned.pop(_SELF, None)
             except LeaseLost as error:
                 self._lease = None
-                self._warn("the reconciler", str(error))
+                self._warn(_SELF, str(error))
             except Exception as error:
                 if isinstance(error, SQLAlchemyError) and is_away(error):
-                    self._warn("the reconciler", f"the database does not answer: {_first_line(error)}")
+                    self._warn(_SELF, f"the database does not answer: {_first_line(error)}")
                 else:
-                    self._complain("the reconciler", "the tick failed; the next one tries again", error)
+                    self._complain(_SELF, "the tick failed; the next one tries again", error)
             self._awake.wait(self._settings.poll_interval_s)
         try:
             self._release()
@@ -102,6 +105,8 @@ class Reconciler:
         )
         with parts.sessions.read() as session:
             at_work = [run.id for run in repository.runs_in(session, AT_WORK_RUN_STATES)]
+        for ended in self._warned.keys() - {_SELF, _FILES, *at_work}:
+            del self._warned[ended]
         self._stop_late(parts)
         for run_id in at_work:
             self._guard(parts, run_id)
@@ -176,8 +181,9 @@ class Reconciler:
             if time.monotonic() >= self._next_clean_up:
                 clean.clean_broken_uploads(parts.sessions, parts.storage)
                 self._next_clean_up = time.monotonic() + CLEAN_UPLOADS_EVERY_S
+            self._warned.pop(_FILES, None)
         except OSError as error:
-            self._warn("unneeded files", f"could not be removed: {error}")
+            self._warn(_FILES, f"could not be removed: {error}")
 
     def _start_waiting(self, parts: Parts) -> list[str]:
         """Give free places to waiting runs; returns the runs that begin an attempt."""

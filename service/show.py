@@ -71,8 +71,8 @@ class _LiveView:
     def show(self, event: JobEvent) -> None:
         """Bring the bars up to date."""
         data = event.data
-        if event.type in _WORDS:
-            self._bar("job", text=_WORDS[event.type], total=None)
+        if words := _words(event):
+            self._bar("job", text=words, total=None)
         elif event.type == "task.started":
             self._drop("job")
             self._bar(data["task"], completed=0, total=data["num_steps"], text="starting")
@@ -118,8 +118,8 @@ class _PlainView:
         """Write what is worth a line."""
         data = event.data
         lines: Sequence[str] = ()
-        if event.type in _WORDS:
-            lines = [_WORDS[event.type]]
+        if words := _words(event):
+            lines = [words]
         elif event.type == "step":
             now = self._console.get_time()
             if data["step"] in (1, data["num_steps"]) or now - self._last_step_s > PLAIN_EVERY_S:
@@ -133,6 +133,12 @@ class _PlainView:
             lines = _event_lines(event)
         for line in lines:
             self._console.print(line, soft_wrap=True)
+
+
+def _words(event: JobEvent) -> str | None:
+    if event.type == "run.started" and event.data.get("is_restart"):
+        return "a worker had ended; the workers are up again and go on from the last checkpoint"
+    return _WORDS.get(event.type)
 
 
 def _step_text(data: Mapping[str, Any]) -> str:

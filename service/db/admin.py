@@ -19,7 +19,7 @@ from alembic.util import CommandError
 from sqlalchemy import inspect, select, text
 from sqlalchemy.engine import Connection
 
-from service.db.engines import make_engine
+from service.db.engines import make_engine, parse_url
 from service.db.tables import LeaseRow, utc_now
 
 BASE = "base"
@@ -45,7 +45,7 @@ def schema_state(connection: Connection) -> SchemaState:
     """Read a database's revision. Raises SchemaError when a newer version of the code has migrated it."""
     scripts = ScriptDirectory.from_config(_config())
     current = MigrationContext.configure(connection).get_current_revision() or BASE
-    newest = scripts.get_current_head() or BASE
+    newest = _newest(scripts)
     if current not in {BASE, *(script.revision for script in scripts.walk_revisions())}:
         raise SchemaError(
             f"the database has schema revision {current}, which this version of CL-PEFT does not know (its "
@@ -57,6 +57,9 @@ def schema_state(connection: Connection) -> SchemaState:
 
 def current(url: str) -> SchemaState:
     """Look at a database and change nothing. Raises SchemaError, DatabaseUrlError."""
+    parsed = parse_url(url)
+    if parsed.drivername.startswith("sqlite") and not Path(str(parsed.database)).exists():
+        return SchemaState(BASE, _newest(ScriptDirectory.from_config(_config())))
     engine = make_engine(url)
     try:
         with engine.connect() as connection:
@@ -81,6 +84,10 @@ def downgrade(url: str, revision: str) -> SchemaState:
         _check_unused(connection)
         command.downgrade(config, revision)
         return schema_state(connection)
+
+
+def _newest(scripts: ScriptDirectory) -> str:
+    return scripts.get_current_head() or BASE
 
 
 @contextmanager

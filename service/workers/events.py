@@ -26,6 +26,8 @@ class EventWriter:
         """What a write that failed may have left behind: written again as it was, before what came after."""
         self._last_flush = self._not_before = 0.0
         self._next = self._first_free()
+        self.is_continued = self._next > 1
+        """Did an earlier worker of this attempt write events?"""
 
     def emit(self, type_: str, *, flush: bool = True, **data: Any) -> None:
         """Add an event. flush False lets frequent events share a segment for up to FLUSH_EVERY_S.

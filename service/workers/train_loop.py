@@ -109,7 +109,8 @@ class Worker:
         """
         self.stop_if_asked()
         progress = on_rank0(lambda: find_progress(self.storage, self.plan, self.attempt, since))
-        self.emit("run.started", num_workers=parallel.world_size())
+        is_restart = self.events is not None and self.events.is_continued
+        self.emit("run.started", num_workers=parallel.world_size(), is_restart=is_restart)
         self.loaded = load_model(self.storage, self.plan, progress.task_dir)
         resume = self.checkpoints.read(start_checkpoint)
         version, parent_dir = progress.memory_version, progress.task_dir

@@ -68,7 +68,7 @@ def play_run(
             say(case, f"{case.part} is struck")
             held.let_go()
             if case.action == "cut":
-                result.recovery_s = play_cut(stand, case, watch, strike) - strike.at
+                result.recovery_s = play_cut(stand, case, watch, strike, moment) - strike.at
             else:
                 _hold_on(stand, case, strike)
                 result.recovery_s = recovery(stand, case, watch, strike, moment) - strike.at

@@ -66,7 +66,7 @@ def recovery(stand: Stand, case: Case, watch: Watch, strike: Strike, following: 
         )
     if case.part == "memory":
         return max(_progress(watch, strike, case, following), _memory_back(stand, watch, strike))
-    return _restarted(watch, strike, case)
+    return _restarted(watch, strike, case, following)
 
 
 def _answers(stand: Stand, job_id: str) -> bool:
@@ -105,8 +105,8 @@ def _seen_or_held(
                 raise
 
 
-def _restarted(watch: Watch, strike: Strike, case: Case) -> float:
-    """The first progress of workers that started after the strike, or the job's end."""
+def _restarted(watch: Watch, strike: Strike, case: Case, following: Moment) -> float:
+    """The first progress of workers that started after the strike, or their hold, or the job's end."""
     place = watch.wait(
         lambda seen: (
             seen.event.type in FINAL_EVENTS
@@ -116,10 +116,9 @@ def _restarted(watch: Watch, strike: Strike, case: Case) -> float:
         RECOVERY_TIMEOUT_S,
         strike.num_seen,
     )
-    place = watch.wait(
-        lambda seen: seen.event.type in PROGRESS, f"progress after {case.id}", RECOVERY_TIMEOUT_S, place
+    return _seen_or_held(
+        watch, lambda seen: seen.event.type in PROGRESS, following, f"progress after {case.id}", place
     )
-    return watch.seen[place].at
 
 
 def _is_new(stand: Stand, part: str, strike: Strike) -> bool:
@@ -150,7 +149,7 @@ def cut_host(stand: Stand, part: str) -> str:
     return next(name for name in stand.program_names()[1:] if workers & set(stand.supervisor.members(name)))
 
 
-def play_cut(stand: Stand, case: Case, watch: Watch, strike: Strike) -> float:
+def play_cut(stand: Stand, case: Case, watch: Watch, strike: Strike, following: Moment) -> float:
     """Wait for the recovery from a cut link, heal it, and see that what was cut off comes back.
 
     A worker node is replaced while its link is still cut. Without its link to Ray and S3 the control plane
@@ -158,7 +157,7 @@ def play_cut(stand: Stand, case: Case, watch: Watch, strike: Strike) -> float:
     """
     try:
         if case.part == "node":
-            return _restarted(watch, strike, case)
+            return _restarted(watch, strike, case, following)
         while time.monotonic() < strike.at + CONTROL_CUT_S:
             if not _answers(stand, watch.job_id):
                 raise RuntimeError("the API did not answer while its link to Ray was cut")

@@ -299,6 +299,7 @@ def test_db_shows_and_changes_the_schema_and_names_an_unknown_revision(tmp_path:
         return f"{done.returncode} {done.stdout}{done.stderr}"
 
     assert "0 the database has revision base; this version needs" in db("current")
+    assert list(tmp_path.iterdir()) == [], "to look changes nothing"
     assert db("upgrade", "0001") == "0 the database has revision 0001\n"
     newest = db("upgrade").split()[-1]
     assert db("downgrade", "0001", stdin="n\n").startswith("1 ")

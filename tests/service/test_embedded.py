@@ -7,6 +7,8 @@ import json
 import os
 import signal
 import stat
+import subprocess
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -129,6 +131,8 @@ def test_a_ray_head_is_private_and_leaves_nothing(tmp_path: Path) -> None:
 
 # ------------------------------------------------------------ whole service
 
+START = "from service import embedded; from service.settings import Settings; embedded.up(Settings())"
+
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
@@ -163,6 +167,36 @@ def job_spec(client: Client, folder: Path) -> dict[str, object]:
 def test_up_on_a_running_service_changes_nothing(state: EmbeddedState, home: Path) -> None:
     assert embedded.up(settings_for(home)) == state
     assert embedded.read_state(home) == state
+
+
+@pytest.mark.ray
+def test_up_on_a_running_service_refuses_another_port(state: EmbeddedState, home: Path) -> None:
+    port = int(state.api_url.rpartition(":")[2])
+    with pytest.raises(EmbeddedError, match=f"runs already, on port {port}; end it with 'clpeft down'"):
+        embedded.up(settings_for(home, port=port + 1))
+    assert embedded.up(settings_for(home, port=port)) == state
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(300)
+def test_up_beside_a_service_that_was_half_started_waits_for_all_of_it(tmp_path: Path) -> None:
+    variables = {**os.environ, "CLPEFT_HOME": str(tmp_path), "CLPEFT_PORT": "0"}
+    starter = subprocess.Popen([sys.executable, "-c", START], env=variables)
+    try:
+        while (half := embedded.read_state(tmp_path)) is None or half.api is None:
+            assert starter.poll() is None
+            time.sleep(0.05)
+        starter.kill()
+        starter.wait()
+        with pytest.raises(httpx.TransportError):
+            httpx.get(f"{half.api_url}/healthz", trust_env=False)
+        whole = embedded.up(settings_for(tmp_path))
+        assert whole == half
+        assert httpx.get(f"{whole.api_url}/healthz", trust_env=False).is_success
+        assert httpx.get(f"{whole.serve_url}/status", trust_env=False).is_success
+    finally:
+        starter.kill()
+        assert embedded.down(tmp_path) == []
 
 
 @pytest.mark.ray

@@ -74,6 +74,14 @@ def test_every_descendant_is_ended_even_when_it_ignores_sigterm_or_is_an_orphan(
     assert not any(runs(process) for process in members)
 
 
+def test_the_log_of_the_process_before_is_kept(tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "api.log"
+    for text in ("first", "second", "third"):
+        spawned = spawn([sys.executable, "-c", f"print('{text}')"], dict(os.environ), log)
+        wait_for(lambda spawned=spawned: spawned.process() is None)  # type: ignore[misc]
+    assert (log.read_text(), log.with_name("api.log.1").read_text()) == ("third\n", "second\n")
+
+
 def test_a_reused_pid_is_not_the_process(tmp_path: Path) -> None:
     me = refer_to(os.getpid())
     assert me.process() is not None

@@ -5,6 +5,7 @@ Longer than other files: one short test per promise, and all of them share five 
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import pytest
@@ -448,3 +449,46 @@ def test_the_thread_submits_within_half_a_second_of_the_request(settings: Any, s
         body = service.job_body("one")
         job = service.client.post("/v1/jobs", json=body).json()
         wait_until(lambda: service.runner.submitted == [f"{run_of(job)}-a1"], "the submission", timeout_s=0.5)
+
+
+def test_what_goes_wrong_tick_after_tick_is_logged_once_and_again_after_it_was_well(
+    service: Service, job: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def ticks(broken: bool) -> int:
+        with monkeypatch.context() as patch:
+            if broken:
+                patch.setattr(reconciler_module, "advance", fail)
+            caplog.clear()
+            for _ in range(3):
+                service.reconciler.tick()
+        return caplog.text.count("could not be looked at; the next tick tries again: KeyError: 'odd'")
+
+    def fail(*_: object) -> None:
+        raise KeyError("odd")
+
+    assert ticks(broken=True) == 1
+    assert "Traceback" in caplog.text
+    assert ticks(broken=False) == 0
+    assert ticks(broken=True) == 1
+    assert service.job(job["id"])["state"] == "scheduling"
+
+
+def test_a_tick_that_fails_again_after_a_good_one_is_logged_again(
+    service: Service, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    results = iter("xx.xx")
+    rest = threading.Event()
+
+    def tick() -> bool:
+        result = next(results, None)
+        if result is None:
+            rest.set()
+        elif result == "x":
+            raise KeyError("odd")
+        return True
+
+    monkeypatch.setattr(service.reconciler, "tick", tick)
+    service.reconciler.start()
+    assert rest.wait(10)
+    service.reconciler.stop()
+    assert caplog.text.count("the tick failed; the next one tries again: KeyError: 'odd'") == 2

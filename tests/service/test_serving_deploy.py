@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from ray.serve.schema import ServeDeploySchema
 
+from service.bootstrap import serve_models
 from service.serving.app import ServeArgs, build
 from service.serving.deploy import APPLICATION, deploy, keep_deployed, serve_config
 from service.serving.engine import ServingError
@@ -70,6 +73,54 @@ def test_an_application_that_the_cluster_forgot_is_deployed_again(tmp_path: Path
         finally:
             stopping.set()
             thread.join()
+
+
+@pytest.mark.parametrize("trouble", ["no token", "no JSON"])
+def test_what_stands_between_it_and_the_cluster_is_said_once_and_waited_for(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, trouble: str
+) -> None:
+    app, looks, stopping = FastAPI(), [], threading.Event()
+    token, is_broken = tmp_path / "token", threading.Event()
+    is_broken.set()
+
+    @app.get("/api/serve/applications/")
+    def state(request: Request) -> Response:
+        looks.append(request.headers.get("authorization"))
+        text = "<html>" if trouble == "no JSON" and is_broken.is_set() else '{"applications": {}}'
+        return Response(text)
+
+    @app.put("/api/serve/applications/")
+    def put() -> None:
+        pass
+
+    if trouble == "no JSON":
+        token.write_text("secret\n")
+    with serve(app) as url:
+        given = settings(tmp_path).model_copy(update={"ray_dashboard_url": url, "ray_token_path": token})
+        thread = threading.Thread(target=keep_deployed, args=(given, stopping), kwargs={"look_every_s": 0.05})
+        thread.start()
+        try:
+            said = "something else than JSON" if trouble == "no JSON" else "No such file or directory"
+            wait_until(lambda: said in caplog.text, "the warning")
+            time.sleep(0.3)  # several more looks
+            assert caplog.text.count(said) == 1
+            assert thread.is_alive()
+            is_broken.clear()
+            token.write_text("secret\n")
+            num_looks = len(looks)
+            wait_until(lambda: len(looks) > num_looks + 2, "it to go on")
+            assert set(looks) == {"Bearer secret"}
+        finally:
+            stopping.set()
+            thread.join()
+
+
+def test_without_a_serve_address_the_api_works_and_says_that_nothing_is_served(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO)
+    serve_models(settings(tmp_path, ""), threading.Event())  # returns: there is nothing to keep
+    assert "no CLPEFT_SERVE_URL is set: nothing is served" in caplog.text
 
 
 def test_no_dashboard_address_is_a_clear_error(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import pytest
 from service.adapters import uploads
 from service.adapters.storage import Storage, StorageError
 from service.adapters.store_calls import RETRIES, UPLOAD_BLOCK_BYTES
+from service.settings import Settings
 from service.workers.ray_storage import ray_filesystem
 from tests.service.s3_server import BUCKET, S3Server, running_s3
 
@@ -144,6 +145,15 @@ def test_ray_train_reads_and_writes_through_it(storage: Storage, tmp_path: Path)
     ours.delete_dir("runs/r/train/a1/c1")
     assert storage.find("runs/r") == []
     assert ours.get_file_info(fs.FileSelector("runs/r", allow_not_found=True)) == []
+
+
+def test_a_relative_folder_is_the_same_one_for_every_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "me"))
+    given = {url: Settings(home=tmp_path / "home", storage_url=url).storage_url for url in ("data/x", "~/y")}
+    assert given == {"data/x": f"file://{tmp_path}/data/x", "~/y": f"file://{tmp_path}/me/y"}
 
 
 @pytest.mark.parametrize("key", ["../up", "a/../b", "/root", "a//b", "", "a b", "a/", ".", "./a"])

@@ -73,3 +73,11 @@ def test_a_worker_that_finds_a_torn_segment_goes_on_without_a_gap(kept_bytes: in
     found = read_worker_events(storage, "run_e", 1, 0)
     assert [event.seq for event in found] == list(range(1, len(found) + 1))
     assert (found[0].data, found[-1].data) == ({"number": 1}, {"number": 9})
+
+
+def test_a_writer_knows_whether_a_worker_wrote_before_it(storage: Storage) -> None:
+    first = EventWriter(storage, "run_e", 1)
+    assert not first.is_continued
+    first.emit("run.started")
+    assert EventWriter(storage, "run_e", 1).is_continued
+    assert not EventWriter(storage, "run_e", 2).is_continued

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 import pytest
 import ray
 from safetensors.torch import load_file
@@ -24,9 +25,10 @@ from service.adapters.version_files import read_manifest
 from service.memory.actor import NAMESPACE, actor_name, start_memory
 from service.memory.client import ActorMemory
 from service.memory.rows import RowReader, row_ref
-from service.ray_head import RayHead
+from service.ray_head import RayHead, running_ray
 from service.specs import EvaluationSpec, LoggingSpec, PlannedDataset, RunPlan, StrategySpec
 from service.workers.progress import find_progress
+from tests.service.control import wait_until
 from tests.service.tiny import letter_rows, put_dataset, put_plan, save_tiny_model
 
 pytestmark = pytest.mark.ray
@@ -79,6 +81,15 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[bytes], ti
         assert process.poll() is None, "the driver ended before the awaited moment"
         assert time.monotonic() < deadline, "the awaited moment did not come"
         time.sleep(0.01)
+
+
+def ray_rows(ray_head: RayHead, kind: str, **wanted: str) -> list[dict[str, object]]:
+    """Return what the cluster's state API lists."""
+    headers = {"Authorization": f"Bearer {ray_head.token_path.read_text().strip()}"}
+    url = f"{ray_head.dashboard_url}/api/v0/{kind}?limit=1000&detail=1"
+    rows = httpx.get(url, headers=headers, timeout=30, trust_env=False).raise_for_status().json()
+    found = rows["data"]["result"]["result"]
+    return [row for row in found if all(row.get(key) == value for key, value in wanted.items())]
 
 
 def read_events(storage: Storage, run_id: str, attempt: int) -> list[dict[str, object]]:
@@ -175,14 +186,19 @@ def test_one_worker_gives_the_adapter_of_two(
 
 
 def test_a_driver_killed_inside_a_task_goes_on_from_its_checkpoint_bit_for_bit(
-    ray_head: RayHead, model: Path, straight: tuple[Storage, RunPlan], storage: Storage
+    ray_head: RayHead, model: Path, straight: tuple[Storage, RunPlan], storage: Storage, tmp_path: Path
 ) -> None:
     plan = put_plan(storage, model, "run_cut", steps=12, checkpoint_every_steps=5)
-    driver = start_driver(ray_head, storage, plan.run_id, 1)
     checkpoint = f"runs/{plan.run_id}/train/a1/task00001-step000000005/training.json"
-    wait_for(lambda: storage.exists(checkpoint), driver)
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
+    guards = {"class_name": "PlacementGroupCleaner", "state": "ALIVE"}
+    with running_ray(tmp_path / "other"):  # beside a second cluster Ray Train's guard must find its own
+        driver = start_driver(ray_head, storage, plan.run_id, 1)
+        wait_for(lambda: storage.exists(checkpoint), driver)
+        driver.send_signal(signal.SIGKILL)
+        driver.wait()
+        assert ray_rows(ray_head, "actors", **guards)
+        wait_until(lambda: ray_rows(ray_head, "actors", **guards) == [], "the guard to end", 60)
+        assert ray_rows(ray_head, "placement_groups", state="CREATED") == []
     assert find_progress(storage, plan, 2).num_done == 1
     assert start_driver(ray_head, storage, plan.run_id, 2).wait(240) == 0
     resumed = [event["data"] for event in read_events(storage, plan.run_id, 2) if event["type"] == "step"]

@@ -287,8 +287,9 @@ def test_two_workers_that_are_paused_after_one_was_killed_go_on_bit_for_bit(
             storage, model, run_id, steps=80, num_workers=2, checkpoint_every_steps=20, num_eval_rows=100
         )
 
-    def types(plan: RunPlan) -> list[str]:
-        return [event.type for event in read_worker_events(storage, plan.run_id, 1, 0)]
+    def restarts(plan: RunPlan, attempt: int) -> list[bool]:
+        events = read_worker_events(storage, plan.run_id, attempt, 0)
+        return [event.data["is_restart"] for event in events if event.type == "run.started"]
 
     straight, plan = plan_of("run_straight"), plan_of("run_paused")
     assert start_driver(ray_head, storage, straight.run_id, 1).wait(300) == 0
@@ -297,7 +298,7 @@ def test_two_workers_that_are_paused_after_one_was_killed_go_on_bit_for_bit(
     checkpoint = f"runs/{plan.run_id}/train/a1/task00000-step000000020/training.json"
     wait_for(lambda: storage.exists(checkpoint), driver, 300)
     train_workers(ray_head)[0].kill()
-    wait_for(lambda: types(plan).count("run.started") == 2, driver, 300)
+    wait_for(lambda: restarts(plan, 1) == [False, True], driver, 300)
     storage.write_json(desired_key(plan.run_id), {"state": "paused", "attempt": 1})
     assert driver.wait(300) == 0
     assert storage.read_json(outcome_key(plan.run_id, 1))["state"] == "paused"
