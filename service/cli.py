@@ -267,11 +267,28 @@ def jobs(limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newe
     if not found:
         out.print("no jobs yet; submit one with: clpeft submit JOB.yaml")
         return
-    table = Table(Column("job", no_wrap=True), "name", "adapter", "state", "tasks", "created")
+    names = (Column("name", overflow="fold"), Column("adapter", overflow="fold"))
+    table = Table(Column("job", no_wrap=True), *names, "state", "tasks", "created (UTC)")
     for job in found:
         tasks = f"{job['num_committed']}/{job['num_tasks']}"
-        table.add_row(job["id"], job["name"], job["adapter"], job["state"], tasks, job["created_at"][:19])
+        created = job["created_at"][5:16].replace("T", " ")
+        table.add_row(job["id"], job["name"], job["adapter"], job["state"], tasks, created)
     out.print(table)
+
+
+@app.command(rich_help_panel=JOBS)
+def show(job: Annotated[str, typer.Argument(metavar="JOB")]) -> None:
+    """Show one job: its state and why, its tasks, its runs and their attempts."""
+    from service.show import attempts_table, tasks_table
+
+    with connect() as client:
+        found = client.job(job)
+        attempts = {run["id"]: client.attempts(run["id"]) for run in found["runs"]}
+    said = [found["state"], found["reason"], found["message"]]
+    out.print(f"job {job} is {escape(': '.join(text for text in said if text))}", soft_wrap=True)
+    out.print(f"adapter {found['adapter']} over {found['base_model_id']}", soft_wrap=True)
+    out.print(tasks_table(found))
+    out.print(attempts_table(found, attempts))
 
 
 @app.command(rich_help_panel=JOBS)

@@ -116,6 +116,11 @@ class Client:
         """Return a job with its tasks."""
         return self._call("GET", f"/v1/jobs/{_part(job_id)}")
 
+    def attempts(self, run_id: str) -> list[Json]:
+        """Return a run's attempts, oldest first."""
+        found: list[Json] = self._call("GET", f"/v1/runs/{_part(run_id)}/attempts")["data"]
+        return found
+
     def cancel(self, job_id: str) -> Json:
         """Ask a job to stop at its next step."""
         return self._call("POST", f"/v1/jobs/{_part(job_id)}:cancel")

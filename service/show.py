@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from datetime import datetime
 from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TaskID, TextColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from service.client import JobEvent
 
@@ -168,6 +169,34 @@ def _event_lines(event: JobEvent) -> list[str]:
     return []
 
 
+def tasks_table(job: Mapping[str, Any]) -> Table:
+    """Show how far each task of a job is."""
+    table = Table("task", "state", Column("steps", justify="right"), "version")
+    for task in job["tasks"]:
+        version = "-" if task["version"] is None else f"v{task['version']}"
+        table.add_row(escape(task["name"]), task["state"], str(task["steps"]), version)
+    return table
+
+
+def attempts_table(job: Mapping[str, Any], attempts: Mapping[str, Sequence[Mapping[str, Any]]]) -> Table:
+    """Show a job's runs, by id, with their attempts: when each began, how long it took, how it ended."""
+    table = Table("run", "attempt", "state", "began (UTC)", Column("took", justify="right"), "message")
+    for run in job["runs"]:
+        first = [str(run["number"])]
+        for attempt in attempts[run["id"]]:
+            began, ended = attempt["created_at"], attempt["finished_at"]
+            seconds = (_moment(ended) - _moment(began)).total_seconds() if ended else None
+            took = "" if seconds is None else _duration(seconds)
+            message = escape(attempt["message"] or "")
+            table.add_row(
+                *first, str(attempt["number"]), attempt["state"], began[5:19].replace("T", " "), took, message
+            )
+            first = [""]
+        if not attempts[run["id"]]:
+            table.add_row(*first, "-", run["state"], "", "", escape(run["message"] or ""))
+    return table
+
+
 def matrix_table(matrix: Mapping[str, Any], *, title: str = "accuracy") -> Table:
     """Show a[i][j], the score on task j after training task i, with the untrained model's scores above."""
     names = list(matrix["tasks"])
@@ -200,6 +229,10 @@ def scalars_table(matrices: Mapping[str, Mapping[str, Any]]) -> Table:
 def _with_interval(matrix: Mapping[str, Any], key: str) -> str:
     interval = matrix.get("intervals_95", {}).get(key)
     return _score(matrix.get(key)) + (f"\n[{interval[0]:.3f}, {interval[1]:.3f}]" if interval else "")
+
+
+def _moment(text: str) -> datetime:
+    return datetime.fromisoformat(text)
 
 
 def _score(value: float | None) -> str:

@@ -93,6 +93,7 @@ def test_help_names_every_command_and_each_has_a_help_text(tmp_path: Path) -> No
         "append",
         "watch",
         "jobs",
+        "show",
         "matrix",
         "cancel",
         "retry",
@@ -230,6 +231,24 @@ def test_jobs_matrix_adapters_and_cancel_show_what_the_service_has(service: Serv
     assert "0.750" in clpeft("matrix", job["id"], home=tmp_path, url=url).stdout
 
 
+def test_show_says_how_far_a_job_is_and_how_its_attempts_ended(service: Service, tmp_path: Path) -> None:
+    job = service.submit("one", "two", name="first")
+    service.reconciler.tick()
+    run = service.job(job["id"])["runs"][0]["id"]
+    write_task(service.storage, run, 1, 0, scores={"one": 0.75}, base_scores={"one": 0.0})
+    write_outcome(service.storage, run, 1, "failed", "data_error")
+    service.reconciler.tick()
+    waiting = service.submit("one", name="second")
+    shown = clpeft("show", job["id"], home=tmp_path, url=url_of(service)).stdout
+    assert f"job {job['id']} is failed: data_error: said failed" in shown
+    assert "adapter first over tiny" in shown
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in shown.splitlines() if "│" in line]
+    assert rows[:2] == [["one", "committed", "2", "v1"], ["two", "skipped", "2", "-"]]
+    assert [rows[2][i] for i in (0, 1, 2, 5)] == ["1", "1", "failed", "said failed"]
+    shown = clpeft("show", waiting["id"], home=tmp_path, url=url_of(service)).stdout
+    assert "waits for a free place" in shown
+
+
 def test_append_sends_a_local_file_as_a_new_task(service: Service, tmp_path: Path) -> None:
     job = service.submit("one")
     finish(service, job["id"])
@@ -250,7 +269,8 @@ def test_appending_to_a_cancelled_job_is_refused(service: Service, tmp_path: Pat
 
 
 @pytest.mark.parametrize(
-    "arguments", [("watch", "job_none"), ("matrix", "job_none"), ("chat", "nobody", "-m", "hi")]
+    "arguments",
+    [("watch", "job_none"), ("show", "job_none"), ("matrix", "job_none"), ("chat", "nobody", "-m", "hi")],
 )
 def test_what_does_not_exist_is_named(service: Service, tmp_path: Path, arguments: tuple[str, ...]) -> None:
     done = clpeft(*arguments, home=tmp_path, url=url_of(service))
