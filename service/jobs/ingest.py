@@ -31,10 +31,19 @@ METRICS = ("loss", "learning_rate", "tokens_per_s")
 
 
 def ingest_events(sessions: Sessions, storage: Storage, attempt: Attempt) -> None:
-    """Take an attempt's new events, in order, and show in the job what they say; attempt: as it was read."""
+    """Take an attempt's new events, in order, and show in the job what they say; attempt: as it was read.
+
+    Before its first ones come those that earlier attempts wrote after they were given up: their checkpoints
+    cover these steps, and nobody trains them again.
+    """
     events = read_worker_events(storage, attempt.run_id, attempt.number, attempt.last_seq)
     if not events:
         return
+    if attempt.last_seq == 0:
+        with sessions.read() as session:
+            attempts = repository.attempts_of(session, attempt.run_id)
+        for earlier in attempts[: attempt.number - 1]:
+            ingest_events(sessions, storage, earlier)
     with sessions.write() as session:
         run = repository.lock_run(session, attempt.run_id)
         row = session.get_one(Attempt, (attempt.run_id, attempt.number))

@@ -125,6 +125,14 @@ class Worker:
         if self.board:
             self.board.write(type_, data)
 
+    def flush_events(self) -> None:
+        """Before a checkpoint: no worker trains its steps again, so what they measured must be stored.
+
+        Raises StorageError.
+        """
+        if self.events:
+            self.events.flush()
+
     def stop_if_asked(self) -> None:
         """Let all workers leave together. Raises StoppedRun on every worker."""
         stop = on_rank0(self.stop_sign.look)
@@ -164,6 +172,7 @@ class Worker:
                 assert stop is not None
                 raise StoppedRun(stop)
             summary, version = _summary(result), result.memory_version
+            self.flush_events()
             self.checkpoints.report_trained(task, version, self.loaded.model, summary, curve)
         self.emit(
             "task.trained", task=task.name, task_index=task.index, seconds=summary["train_s"], **summary
@@ -207,6 +216,7 @@ class Worker:
 
         def on_checkpoint(state: dict[str, Any]) -> None:
             if on_rank0(lambda: self.stop_sign.seen) in (None, Stop.PAUSED):
+                self.flush_events()
                 self.checkpoints.report_training(task, version, state, curve)
 
         return fit_task(

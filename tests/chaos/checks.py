@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
@@ -43,7 +43,17 @@ def check_job(stand: Stand, watch: Watch, adapter: str, expected: dict[int, str]
         for version, digest in digests.items()
         if digest != expected.get(version, digest)
     ]
+    problems += [f"metrics of {name} {text}" for name, text in _metric_gaps(stand, job)]
     return problems + check_events(stand, watch, num_tasks=len(expected))
+
+
+def _metric_gaps(stand: Stand, job: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield (task, what is wrong): every step of every task must be there, once."""
+    for task in job["tasks"]:
+        page = _get(stand, job["id"], "metrics", task=task["name"], limit=500)
+        steps = [row["step"] for row in page["data"]]
+        if steps != list(range(1, task["steps"] + 1)):
+            yield task["name"], f"are not of steps 1..{task['steps']}: {_oddities(steps)}"
 
 
 def check_events(stand: Stand, watch: Watch, *, num_tasks: int) -> list[str]:
@@ -78,16 +88,17 @@ def list_events(stand: Stand, job_id: str) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     while True:
         after = found[-1]["id"] if found else 0
-        answer = httpx.get(
-            f"{stand.api_url}/v1/jobs/{job_id}/events",
-            params={"after": after, "limit": 500},
-            timeout=30,
-            trust_env=False,
-        )
-        page = answer.raise_for_status().json()
+        page = _get(stand, job_id, "events", after=after, limit=500)
         found += page["data"]
         if not page["has_more"]:
             return found
+
+
+def _get(stand: Stand, job_id: str, what: str, **params: Any) -> dict[str, Any]:
+    url = f"{stand.api_url}/v1/jobs/{job_id}/{what}"
+    answer = httpx.get(url, params=params, timeout=30, trust_env=False)
+    found: dict[str, Any] = answer.raise_for_status().json()
+    return found
 
 
 def check_leaks(stand: Stand) -> list[str]:

@@ -51,6 +51,30 @@ def test_a_step_that_is_trained_again_is_one_metric_with_its_newest_value(servic
     assert (unknown.status_code, unknown.json()["code"]) == (404, "task_not_found")
 
 
+def test_what_a_lost_attempt_still_measured_comes_before_what_follows_it(service: Service) -> None:
+    job = service.submit("one")
+    run = run_id(job)
+    service.reconciler.tick()
+    write_events(service.storage, run, 1, 1, [step(1, 3.0)])
+    service.runner.states[f"{run}-a1"] = None
+    service.reconciler.tick()
+    service.reconciler.tick()
+    write_events(
+        service.storage, run, 1, 2, [step(2, 2.0), step(3, 1.5)]
+    )  # its workers lived a little longer
+    write_events(service.storage, run, 2, 1, [step(3, 1.0)])  # and left a checkpoint after step 2
+    service.reconciler.tick()
+    page = service.client.get(f"/v1/jobs/{job['id']}/metrics").json()["data"]
+    assert [(row["step"], row["attempt"], row["data"]["loss"]) for row in page] == [
+        (1, 1, 3.0),
+        (2, 1, 2.0),
+        (3, 2, 1.0),
+    ]
+    events = service.client.get(f"/v1/jobs/{job['id']}/events").json()["data"]
+    steps = [(event["attempt"], event["seq"]) for event in events if event["type"] == "step"]
+    assert steps == [(1, 1), (1, 2), (1, 3), (2, 1)]
+
+
 def test_owners_come_from_the_header_of_a_trusted_proxy_and_share_the_places(service: Service) -> None:
     object.__setattr__(service.settings, "owner_header", "X-Forwarded-User")
     service.client.headers["X-Forwarded-User"] = "alice"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from service.jobs.events import read_worker_events
 from service.processes import family
 from service.ray_head import RayHead
 from service.specs import EvaluationSpec, RunPlan, StrategySpec
+from service.workers import events as events_module
 from service.workers.stops import Stop, StopSign, read_stop
 from tests.service.test_workers import start_driver, wait_for
 from tests.service.tiny import STRATEGY, put_plan, save_tiny_model
@@ -177,6 +179,21 @@ def test_a_pause_after_a_worker_came_back_goes_on_bit_for_bit(
     for attempt in (1, 2):
         found = read_worker_events(storage, plan.run_id, attempt, 0)
         assert [event.seq for event in found] == list(range(1, len(found) + 1))
+
+
+@pytest.mark.parametrize("killed", [5, 8, 13, 16])
+def test_a_worker_that_is_killed_has_stored_the_steps_that_its_checkpoint_covers(
+    killed: int, workplace: Workplace, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(events_module, "FLUSH_EVERY_S", math.inf)
+    plan = small_plan(workplace.storage, model, "run_seen", checkpoint_every_steps=2)
+    work = workplace.start(plan, 1)
+    workplace.kill_at(killed)
+    with pytest.raises(Killed):
+        work()
+    workplace.work_on()
+    assert work()["state"] == "succeeded"
+    assert sorted(set(steps_of(workplace.storage, plan.run_id, 1))) == all_steps(plan)
 
 
 @pytest.mark.parametrize("look", [1, 4, 8, 13])
