@@ -181,12 +181,14 @@ def test_a_pause_after_a_worker_came_back_goes_on_bit_for_bit(
         assert [event.seq for event in found] == list(range(1, len(found) + 1))
 
 
-@pytest.mark.parametrize("killed", [5, 8, 13, 16])
+@pytest.mark.parametrize("killed", [6, 9, 16, 20])
 def test_a_worker_that_is_killed_has_stored_the_steps_that_its_checkpoint_covers(
     killed: int, workplace: Workplace, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(events_module, "FLUSH_EVERY_S", math.inf)
-    plan = small_plan(workplace.storage, model, "run_seen", checkpoint_every_steps=2)
+    plan = small_plan(
+        workplace.storage, model, "run_seen", steps=8, checkpoint_every_steps=3, evaluation=EvaluationSpec()
+    )
     work = workplace.start(plan, 1)
     workplace.kill_at(killed)
     with pytest.raises(Killed):
