@@ -267,12 +267,13 @@ def jobs(limit: Annotated[int, typer.Option(min=1, max=100, help="How many, newe
     if not found:
         out.print("no jobs yet; submit one with: clpeft submit JOB.yaml")
         return
-    names = (Column("name", overflow="fold"), Column("adapter", overflow="fold"))
-    table = Table(Column("job", no_wrap=True), *names, "state", "tasks", "created (UTC)")
+    rest = (Column(title, no_wrap=True) for title in ("state", "tasks", "created (UTC)"))
+    table = Table(Column("job", no_wrap=True), Column("name", overflow="fold"), *rest)
     for job in found:
         tasks = f"{job['num_committed']}/{job['num_tasks']}"
+        name = job["name"] if job["adapter"] == job["name"] else f"{job['name']} (adapter {job['adapter']})"
         created = job["created_at"][5:16].replace("T", " ")
-        table.add_row(job["id"], job["name"], job["adapter"], job["state"], tasks, created)
+        table.add_row(job["id"], name, job["state"], tasks, created)
     out.print(table)
 
 

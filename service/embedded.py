@@ -94,14 +94,17 @@ def read_state(home: Path) -> EmbeddedState | None:
 def up(settings: Settings, *, progress: Progress = lambda _: None) -> EmbeddedState:
     """Start the service, or what is missing of it, and wait until every part answers.
 
-    Port 0 takes a free port. Raises EmbeddedError with the end of the failing part's log; what this call
-    started is ended again then.
+    Port 0 takes a free port; without a port in the settings a new API takes that of the one before. Raises
+    EmbeddedError with the end of the failing part's log; what this call started is ended again then.
     """
     home = settings.home
     with _lock(home):
         state = read_state(home)
         if state is not None and state.ray.is_alive() and state.api_runs:
             return _running(settings, state)
+        if state is not None and state.api_url and "port" not in settings.model_fields_set:
+            # whoever watches a job looks for the API where it was
+            settings = settings.model_copy(update={"port": urlsplit(state.api_url).port})
         if state is not None and not state.ray.is_alive():
             progress("removing what an earlier service left")
             _end(state)

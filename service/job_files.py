@@ -73,7 +73,10 @@ def _upload(
                 found[value] = _find_file(value, folder, where)
     for value, path in found.items():
         name = re.sub(r"[^a-z0-9_-]+", "-", f"{path.parent.name}-{path.stem}".lower()).strip("-_")[:63]
-        dataset = client.upload_dataset(name or "dataset", path)
+        try:
+            dataset = client.upload_dataset(name or "dataset", path)
+        except ApiError as error:
+            raise ApiError(f"{value}: {error}", status=error.status, code=error.code) from error
         progress(f"uploaded {value}: {dataset['num_rows']} rows")
         ids[value] = dataset["id"]
     return [

@@ -216,9 +216,13 @@ def logs(
         repository.get_job(session, job_id)
         runs = [row.id for row in repository.runs_of(session, job_id) if run in (None, row.id)]
         every = [row for run_id in runs for row in repository.attempts_of(session, run_id)]
+    if not runs:
+        raise NotFound(f"job {job_id} has no run {run!r}", code="run_not_found")
     attempts = [row for row in every if attempt in (None, row.number)]
     if not attempts:
-        raise NotFound(f"job {job_id} has no such attempt, or none has started yet", code="no_log")
+        wanted = "attempt" if attempt is None else f"attempt {attempt}"
+        there = ", ".join(str(row.number) for row in every) or "none yet"
+        raise NotFound(f"job {job_id} has no {wanted}; it has: {there}", code="no_log")
     newest = attempts[-1]
     known = log_processes(storage, newest.run_id, newest.number)
     if process in known:

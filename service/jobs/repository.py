@@ -39,7 +39,7 @@ _SHOWN_RUN_STATES = FINAL_RUN_STATES | STOPPING_RUN_STATES | WAITING_RUN_STATES
 
 
 # made once: every submission runs it, and to make it takes longer than to run it
-_TAKEN_BY = select(Job.id).where(Job.adapter == bindparam("adapter"))
+_TAKEN_BY = select(Job.id, Job.state).where(Job.adapter == bindparam("adapter"))
 
 
 class NewJob(NamedTuple):
@@ -173,13 +173,18 @@ def create_job(
 
 def check_adapter_name(session: Session, adapter: str) -> None:
     """Raise Conflict when a job has an adapter of this name."""
-    taken_by = session.scalar(_TAKEN_BY, {"adapter": adapter})
-    if taken_by is not None:
-        raise Conflict(
-            f"adapter name {adapter!r} belongs to job {taken_by}: append tasks to it with "
-            f"POST /v1/jobs/{taken_by}/tasks, or give another name in `adapter`",
-            code="adapter_name_taken",
-        )
+    taken_by = session.execute(_TAKEN_BY, {"adapter": adapter}).first()
+    if taken_by is None:
+        return
+    url = f"POST /v1/jobs/{taken_by.id}"
+    way = {
+        RunState.CANCELLED: ", which is cancelled: ",
+        RunState.FAILED: f", which failed: retry it with {url}:retry, or ",
+    }.get(taken_by.state, f": append tasks to it with {url}/tasks, or ")
+    raise Conflict(
+        f"adapter name {adapter!r} belongs to job {taken_by.id}{way}give another name in `adapter`",
+        code="adapter_name_taken",
+    )
 
 
 def check_appendable(job: Job) -> None:

@@ -150,6 +150,24 @@ def test_an_adapter_name_belongs_to_one_job(service: Service) -> None:
     assert service.client.post("/v1/jobs", json=body | {"adapter": "other"}).status_code == 201
 
 
+def test_who_finds_a_name_taken_learns_what_that_job_still_allows(service: Service) -> None:
+    body = service.job_body("one")
+    job_id = service.client.post("/v1/jobs", json=body).json()["id"]
+
+    def advice() -> str:
+        return str(service.client.post("/v1/jobs", json=body).json()["detail"]).partition(job_id)[2]
+
+    other = "give another name in `adapter`"
+    assert advice() == f": append tasks to it with POST /v1/jobs/{job_id}/tasks, or {other}"
+    service.reconciler.tick()
+    write_outcome(service.storage, service.job(job_id)["runs"][0]["id"], 1, "failed", "user_error")
+    service.reconciler.tick()
+    assert advice() == f", which failed: retry it with POST /v1/jobs/{job_id}:retry, or {other}"
+    service.client.post(f"/v1/jobs/{job_id}:retry")
+    service.client.post(f"/v1/jobs/{job_id}:cancel")
+    assert advice() == f", which is cancelled: {other}"
+
+
 def test_plan_shows_the_resolved_job_and_stores_nothing(service: Service) -> None:
     body = service.job_body("one")
     body["tasks"][0] = {"name": "one", "dataset": body["tasks"][0]["dataset"], "epochs": 2.5}

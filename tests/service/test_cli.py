@@ -19,10 +19,10 @@ ROWS = '{"prompt": "q1", "completion": " a"}\n{"prompt": "q2", "completion": " b
 
 
 def clpeft(
-    *arguments: str, home: Path, url: str = "", stdin: str = "", **settings: str
+    *arguments: str, home: Path, url: str = "", stdin: str = "", columns: str = "120", **settings: str
 ) -> subprocess.CompletedProcess[str]:
     variables = {name: value for name, value in os.environ.items() if not name.startswith("CLPEFT_")}
-    variables |= {"CLPEFT_HOME": str(home), "COLUMNS": "120", "NO_COLOR": "1"}
+    variables |= {"CLPEFT_HOME": str(home), "COLUMNS": columns, "NO_COLOR": "1"}
     variables |= {f"CLPEFT_{name.upper()}": value for name, value in settings.items()}
     if url:
         variables["CLPEFT_URL"] = url
@@ -186,6 +186,23 @@ def test_a_bad_setting_is_one_clear_error(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.startswith("error: setting CLPEFT_PORT: ")
     assert "got 'abc'" in done.stderr
+
+
+def test_a_refused_data_set_is_named(service: Service, tmp_path: Path) -> None:
+    path = job_file(tmp_path)
+    (tmp_path / "data" / "train.jsonl").write_text('{"prompt": "q"}\n')
+    done = clpeft("submit", str(path), home=tmp_path, url=url_of(service))
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: data/train.jsonl: line 1: has no completion")
+
+
+def test_every_state_of_a_job_can_be_read_in_80_columns(service: Service, tmp_path: Path) -> None:
+    job = service.submit("one", name="a-name-that-is-rather-long-but-allowed", adapter="another-long-name")
+    service.client.post(f"/v1/jobs/{job['id']}:cancel")
+    shown = clpeft("jobs", home=tmp_path, url=url_of(service), columns="80").stdout
+    assert job["id"] in shown
+    assert " cancelled " in shown
+    assert "…" not in shown
 
 
 def test_a_missing_job_file_is_a_usage_error(service: Service, tmp_path: Path) -> None:

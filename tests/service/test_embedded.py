@@ -211,10 +211,11 @@ def test_a_job_goes_on_while_the_api_is_killed_and_started_again(
     os.kill(state.api.pid, signal.SIGKILL)
     wait_until_gone(state.api)
 
-    again = embedded.up(settings_for(home))
+    again = embedded.up(Settings.model_validate({"home": home, "poll_interval_s": 0.2}))  # no port is said
     assert again.ray == state.ray, "Ray was adopted, not started again"
     assert again.ray.is_alive()
     assert again.api != state.api
+    assert again.api_url == state.api_url, "whoever watched goes on"
     with Client(again.api_url) as client:
         types = [event.type for event in client.events(job["id"], after=submitted.id)]
         assert types[-1] == "job.succeeded"

@@ -166,8 +166,12 @@ def test_stored_logs_are_served_when_the_cluster_is_gone(service: Service) -> No
     absent = service.client.get(path, params={"process": "../../plan.json"})
     assert (absent.status_code, absent.json()["code"]) == (404, "no_log")
     assert "it has: driver, worker-0-12" in absent.json()["detail"]
-    assert service.client.get(path, params={"attempt": 2}).status_code == 404
-    assert service.client.get(path, params={"run": "run_other"}).status_code == 404
+    for params, said in (
+        ({"attempt": 2}, f"job {job['id']} has no attempt 2; it has: 1"),
+        ({"run": "run_other"}, f"job {job['id']} has no run 'run_other'"),
+    ):
+        absent = service.client.get(path, params=params)
+        assert (absent.status_code, absent.json()["detail"]) == (404, said)
 
 
 def test_the_command_prints_a_log_and_names_the_other_processes(service: Service, tmp_path: Path) -> None:
