@@ -53,6 +53,8 @@ __all__ = [
 ]
 
 Progress = Callable[[str], None]
+PORT_PATIENCE_S = 5.0
+"""How long a new API waits for the port of the one before."""
 
 
 class EmbeddedError(RuntimeError):
@@ -102,6 +104,7 @@ def up(settings: Settings, *, progress: Progress = lambda _: None) -> EmbeddedSt
         state = read_state(home)
         if state is not None and state.ray.is_alive() and state.api_runs:
             return _running(settings, state)
+        patience_s = 0.0 if state is None else PORT_PATIENCE_S
         if state is not None and state.api_url and "port" not in settings.model_fields_set:
             # whoever watches a job looks for the API where it was
             settings = settings.model_copy(update={"port": urlsplit(state.api_url).port})
@@ -109,10 +112,7 @@ def up(settings: Settings, *, progress: Progress = lambda _: None) -> EmbeddedSt
             progress("removing what an earlier service left")
             _end(state)
             state = None
-        if settings.port and not port_is_free(settings.host, settings.port):
-            raise EmbeddedError(
-                f"port {settings.port} on {settings.host} is taken; choose another with --port"
-            )
+        _check_port(settings, patience_s=patience_s)
         adopted = state is not None
         try:
             if state is None:
@@ -189,6 +189,17 @@ def settings_environment(settings: Settings) -> dict[str, str]:
 
 
 # ------------------------------------------------------------------------------------------------------ parts
+
+
+def _check_port(settings: Settings, *, patience_s: float) -> None:
+    """Raise EmbeddedError when the port stays taken; a process that was killed holds it for a moment."""
+    deadline = time.monotonic() + patience_s
+    while settings.port and not port_is_free(settings.host, settings.port):
+        if time.monotonic() > deadline:
+            raise EmbeddedError(
+                f"port {settings.port} on {settings.host} is taken; choose another with --port"
+            )
+        time.sleep(0.05)
 
 
 def _launch_api(settings: Settings, state: EmbeddedState) -> EmbeddedState:
