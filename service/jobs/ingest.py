@@ -37,13 +37,18 @@ def ingest_events(sessions: Sessions, storage: Storage, attempt: Attempt) -> Non
     cover these steps, and nobody trains them again.
     """
     events = read_worker_events(storage, attempt.run_id, attempt.number, attempt.last_seq)
-    if not events:
-        return
-    if attempt.last_seq == 0:
+    if events and attempt.last_seq == 0:
         with sessions.read() as session:
             attempts = repository.attempts_of(session, attempt.run_id)
         for earlier in attempts[: attempt.number - 1]:
-            ingest_events(sessions, storage, earlier)
+            late = read_worker_events(storage, earlier.run_id, earlier.number, earlier.last_seq)
+            _take_events(sessions, earlier, late)
+    _take_events(sessions, attempt, events)
+
+
+def _take_events(sessions: Sessions, attempt: Attempt, events: Sequence[WorkerEvent]) -> None:
+    if not events:
+        return
     with sessions.write() as session:
         run = repository.lock_run(session, attempt.run_id)
         row = session.get_one(Attempt, (attempt.run_id, attempt.number))
